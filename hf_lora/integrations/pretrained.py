@@ -1,0 +1,163 @@
+"""PreTrainedModel's own methods, for a model with our LoRA: saving, activation checkpointing, resizing embeddings.
+
+Each is called through for any other model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRAStateError, LoRAUnsupportedError
+from ..layers import LoRAHeads, LoRASlots
+from ..loading import save_checkpoint
+from ..model import put, read, remove, state_of
+from ..state import Active
+from ..values import AdapterValue
+from .checkpointing import bind_checkpoints, unbind_checkpoints
+from .patching import Registry
+
+__all__ = ["attached", "base_state_dict", "detached", "install"]
+
+
+def attached(model: nn.Module) -> None:
+    """What transformers has to know of a model that has just got a LoRA."""
+    state = state_of(model)
+    if state is None:
+        return
+    bind_checkpoints(model, state)
+    if hasattr(type(model), "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def detached(model: nn.Module) -> None:
+    """Forget it again once the last adapter is gone."""
+    if state_of(model) is None:
+        unbind_checkpoints(model)
+        model.__dict__.pop("_hf_peft_config_loaded", None)
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without a key of ours."""
+    ours = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, (LoRASlots, LoRAHeads)))
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(ours)}
+
+
+def install(registry: Registry, cls: Any) -> None:
+    """Wrap the methods of `cls`, which is PreTrainedModel."""
+    save, checkpointing, resize = cls.save_pretrained, cls._set_gradient_checkpointing, cls.resize_token_embeddings
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if state is None:
+            return save(self, save_directory, *args, **kwargs)
+        if state.merged is not None:  # the whole merged model, as stock writes it
+            if not args and kwargs.get("state_dict") is None:
+                kwargs["state_dict"] = base_state_dict(self)
+            self.__dict__.pop("_hf_peft_config_loaded", None)
+            try:
+                return save(self, save_directory, *args, **kwargs)
+            finally:
+                self._hf_peft_config_loaded = True
+        if kwargs.get("push_to_hub"):
+            raise LoRAUnsupportedError(
+                "save_pretrained(push_to_hub=True) of a model with a LoRA is not supported.",
+                name="push_to_hub",
+                value=True,
+                remedy="Save the adapter and upload the folder.",
+            )
+        is_main = kwargs.get("is_main_process", args[0] if args else True)
+        return save_checkpoint(self, save_directory) if is_main else None
+
+    @functools.wraps(checkpointing)
+    def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = checkpointing(self, *args, **kwargs)
+        state = state_of(self)
+        if state is not None:
+            bind_checkpoints(self, state)
+        return result
+
+    @functools.wraps(resize)
+    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        touched = set() if state is None or new_num_tokens is None else _embeddings(self)
+        residents = [] if state is None else [entry.record for entry in state.entries.values()]
+        if not any(touched & {*resident.layers, *resident.heads} for resident in residents):
+            return resize(self, new_num_tokens, *args, **kwargs)
+        with _taken_off(self) as values:
+            embeddings = resize(self, new_num_tokens, *args, **kwargs)
+            for path in touched:  # a new layer is born in training mode, where the adapter's dropout would run
+                self.get_submodule(path).train(self.training)
+            values[:] = [_resized(self, value, touched) for value in values]
+        return embeddings
+
+    registry.set(cls, "save_pretrained", save_pretrained)
+    registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
+    registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
+
+
+def _embeddings(model: Any) -> set[str]:
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {path for path, module in model.named_modules(remove_duplicate=False) if any(module is x for x in layers)}
+
+
+class _taken_off:
+    """Take every adapter off a model, and put them back with the same names, slots' order, activity and training."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.state = model, state_of(model)
+
+    def __enter__(self) -> list[AdapterValue]:
+        assert self.state is not None
+        self.state.require_unmerged("resize_token_embeddings")
+        if self.state.overridden:
+            raise LoRAStateError(
+                "resize_token_embeddings() cannot be used inside use_lora() or route_lora().",
+                remedy="Leave the with block first.",
+            )
+        heads = sorted({path for e in self.state.entries.values() for path in e.record.heads} & _embeddings(self.model))
+        if heads:
+            raise LoRAUnsupportedError(
+                f"{', '.join(heads)}: an adapter trains it whole, so its tokens cannot be resized any more.",
+                name=heads[0],
+                remedy="Call resize_token_embeddings() before add_lora().",
+            )
+        self.names = [(entry.name, entry.trainable) for entry in self.state.entries.values()]
+        self.notes = [(entry.record.skipped, entry.record.architecture) for entry in self.state.entries.values()]
+        self.active = [(entry.name, weight) for entry, weight in self.state.default.mixture]
+        self.values = [read(self.model, name) for name, _ in self.names]
+        remove(self.model)
+        return self.values
+
+    def __exit__(self, *error: Any) -> None:
+        for (name, trainable), value in zip(self.names, self.values, strict=True):
+            put(self.model, value, name, trainable=trainable, active=False)
+        attached(self.model)
+        state = state_of(self.model)
+        assert state is not None
+        for (name, _), (skipped, architecture) in zip(self.names, self.notes, strict=True):
+            record = state.entry(name).record
+            record.skipped, record.architecture = skipped, architecture
+        state.default = Active(tuple((state.entry(name), weight) for name, weight in self.active))
+
+
+def _resized(model: Any, value: AdapterValue, touched: set[str]) -> AdapterValue:
+    """The value with columns (an embedding) or rows (an output head) of zeros for new tokens, and without lost ones."""
+    factors = dict(value.factors)
+    for path in touched & factors.keys():
+        pair, tokens = factors[path], model.get_submodule(path).weight.shape[0]
+        if pair.kind == "embedding":
+            factors[path] = dataclasses.replace(pair, A=_to_length(pair.A.T, tokens).T.contiguous())
+        else:
+            factors[path] = dataclasses.replace(pair, B=_to_length(pair.B, tokens))
+    return dataclasses.replace(value, factors=factors)
+
+
+def _to_length(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(max(rows - len(tensor), 0), tensor.shape[1])])[:rows]

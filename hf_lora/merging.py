@@ -1,0 +1,163 @@
+"""Merge adapters into the base's weights, and take them out again, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRAStateError, LoRAUnsupportedError
+from .layers import LoRAHead, LoRALinear
+from .model import read, require
+from .state import Active
+from .switching import Which, described, selection
+from .targeting import describe_layer
+from .weights import MergeRecord, device_of, merge, mergeable, unmerge
+
+__all__ = ["Merged", "merge_lora", "unmerge_lora"]
+
+
+@dataclass(eq=False)
+class Merged:
+    """A merge, as `unmerge_lora` needs it."""
+
+    active: Active
+    weights: dict[str, MergeRecord] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # biases and heads: the base's own values
+
+    @property
+    def nbytes(self) -> int:
+        """What undoing the merge holds in memory."""
+        return sum(r.nbytes for r in self.weights.values()) + sum(t.nbytes for t in self.tensors.values())
+
+
+def merge_lora(model: nn.Module, which: Which = None) -> Merged:
+    """W ← round(W + Σ wᵢ ΔWᵢ), so that the model runs at the base's speed; exactly undone by `unmerge_lora`.
+
+    Until then the record keeps, for each weight matrix, the factors, one bit a weight, and the weights that rounding
+    moved (about a tenth of them where ‖ΔW‖/‖W‖ is 0.1).
+
+    Args:
+        which: what to merge, as in `set_lora`; None merges what is active by default.
+
+    Raises:
+        LoRAStateError: merged already, routed, training, nothing active, or an adapter that is not finite or overflows the
+            weights' dtype. LoRAUnsupportedError: a quantised, offloaded or tied weight. The weights are then as before.
+    """
+    state = require(model)
+    state.require_unmerged("merge_lora")
+    if state.overridden:
+        raise LoRAStateError(
+            "merge_lora() cannot be used inside use_lora(), no_lora() or route_lora().", remedy="Leave the with block."
+        )
+    if model.training:
+        raise LoRAStateError("merge_lora() cannot be used while the model trains.", remedy="Call model.eval() first.")
+    active = state.default if which is None else selection(state, which)
+    if not active.mixture:
+        raise LoRAStateError("No adapter is active, so there is nothing to merge.", remedy="Name one: merge_lora('…').")
+    with state.lock:
+        merged, modules = Merged(active), dict(model.named_modules())
+        pairs = _pairs(model, active)
+        for path in pairs:
+            _refuse_tied(model, path, pairs)
+        try:
+            for path, (A, B) in pairs.items():
+                module = modules[path]
+                weight = mergeable(module, path)
+                device = device_of(module)
+                merged.weights[path] = merge(weight, A.to(device), B.to(device), transposed=_transposed(module), path=path)
+            _put_whole(model, active, merged)
+        except BaseException:
+            _undo(model, merged)
+            raise
+        state.merged = merged
+    return merged
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Take out what `merge_lora` put in; every bit of the base is as before.
+
+    Raises:
+        LoRAStateError: nothing is merged, or a weight changed since; the model is then still merged.
+    """
+    state = require(model)
+    if state.merged is None:
+        raise LoRAStateError("No adapter is merged into this model.", remedy="Call merge_lora() first.")
+    with state.lock:
+        _undo(model, state.merged)
+        state.merged = None
+
+
+def _pairs(model: nn.Module, active: Active) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (ΣR, in) and B (out, ΣR), scaled and weighted, of every layer that the mixture touches; float32 or wider."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for entry, weight in active.mixture:
+        for path, factors in read(model, entry.name).factors.items():
+            wide = torch.promote_types(factors.A.dtype, torch.float32)
+            parts.setdefault(path, []).append((factors.A.to(wide), factors.B.to(wide) * (factors.scaling * weight)))
+    return {path: (torch.cat([a for a, _ in pair]), torch.cat([b for _, b in pair], 1)) for path, pair in parts.items()}
+
+
+def _transposed(module: nn.Module) -> bool:
+    info = describe_layer(module)
+    return info is not None and info.kind in ("conv1d", "embedding")
+
+
+def _refuse_tied(model: nn.Module, path: str, pairs: dict[str, Any]) -> None:
+    weight = getattr(model.get_submodule(path), "weight", None)
+    others = [
+        owner
+        for owner, module in model.named_modules()
+        if owner != path and weight is not None and module._parameters.get("weight") is weight
+    ]
+    if others:
+        raise LoRAUnsupportedError(
+            f"{path}: its weight is tied to {', '.join(others)}, which the adapter does not change; a merge would change both.",
+            name=path,
+            value=others,
+            remedy="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
+        )
+
+
+def _put_whole(model: nn.Module, active: Active, merged: Merged) -> None:
+    """Write the adapter's biases and heads over the base's; a mixture holds none."""
+    for entry, _ in active.mixture:
+        for path in entry.record.biases:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            assert isinstance(owner, LoRALinear) and isinstance(owner.bias, Tensor)
+            merged.tensors[path] = owner.bias.detach().clone()
+            trained = read(model, entry.name).biases[path]
+            owner.bias.detach().copy_(trained)
+        for path in entry.record.heads:
+            head = model.get_submodule(path)
+            assert isinstance(head, LoRAHead)
+            own = dict(head.named_parameters(remove_duplicate=False)) | dict(head.named_buffers())
+            for key, tensor in head.lora_heads.copies[str(entry.slot)].state_dict().items():
+                merged.tensors[f"{path}.{key}"] = own[key].detach().clone()
+                own[key].detach().copy_(tensor)
+
+
+def _undo(model: nn.Module, merged: Merged) -> None:
+    modules = dict(model.named_modules())
+    done: list[str] = []
+    try:
+        for path, record in merged.weights.items():
+            module = modules[path]
+            unmerge(mergeable(module, path), record, transposed=_transposed(module), path=path)
+            done.append(path)
+    except BaseException:
+        for path in done:  # all or nothing: what was taken out goes in again, as it was
+            module, record = modules[path], merged.weights[path]
+            merge(mergeable(module, path), record.A, record.B, transposed=_transposed(module), path=path)
+        raise
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, value in merged.tensors.items():
+        tensors[name].detach().copy_(value)
+
+
+def merged_names(model: nn.Module) -> Any:
+    """What is merged, in the form that `set_lora` takes; None if nothing is."""
+    merged = require(model).merged
+    return None if merged is None else described(merged.active)

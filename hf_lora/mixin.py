@@ -1,0 +1,195 @@
+"""The verbs as methods of every transformers model, and `register` / `unregister`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from . import loading, merging, summary, switching
+from . import model as placing
+from .config import LoRAConfig
+from .integrations import auto, importing, pretrained, trainer
+from .integrations.patching import Registry
+from .summary import Summary
+from .switching import Which
+from .values import AdapterValue
+
+if TYPE_CHECKING:
+    from .adapter import LoRAAdapter
+
+__all__ = ["LoRAMixin", "register", "unregister"]
+
+
+class LoRAMixin:
+    """What `import hf_lora` adds to `PreTrainedModel`. Every verb is also a function of any `nn.Module`."""
+
+    def add_lora(
+        self: Any,
+        config: LoRAConfig | Any,
+        name: str = "default",
+        *,
+        active: bool = True,
+        trainable: bool = True,
+        replace: bool = False,
+    ) -> None:
+        """Put a new adapter on the model and freeze the base: h = x W^T + s · x A^T B^T, B = 0.
+
+        Args:
+            config: a `LoRAConfig` (or a `peft.LoraConfig`).
+            name: any string that is not taken.
+            active: make it the only active one; the others stay, frozen.
+            trainable: let it train; its factors are float32 Parameters.
+            replace: put it in place of an adapter of this name.
+
+        Raises:
+            LoRATargetError: a target matches nothing (near matches are named) or no layer.
+            LoRAConfigError: an impossible rank for a layer. LoRANameError: the name is taken.
+            LoRAUnsupportedError: the config or layer asks for what hf_lora does not compute.
+
+        Source: Hu et al. 2021, section 4.1.
+        """
+        placing.add(self, config, name, active=active, trainable=trainable, replace=replace)
+        pretrained.attached(self)
+
+    def load_lora(
+        self: Any,
+        source: str | os.PathLike[str] | AdapterValue,
+        *,
+        name: str | None = None,
+        trainable: bool = False,
+        replace: bool = False,
+        allow_pickle: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool | None = None,
+    ) -> str:
+        """Load an adapter from a folder, a repo on the Hub, or a value: all of it, or nothing.
+
+        Args:
+            source: a folder (wins), "user/name", or an adapter.
+            name: what to call it; None takes the repo's id or the folder's name.
+            trainable: as Parameters that train; otherwise frozen, cast once to the base's dtype.
+            replace: put it in place of an adapter of this name.
+            allow_pickle: read an adapter_model.bin (weights only) where there are no safetensors.
+            subfolder: of the folder or repo. revision, token, cache_dir, local_files_only: as of huggingface_hub.
+
+        Returns:
+            its name. It is active only if nothing else is; `set_lora` switches.
+
+        Raises:
+            LoRAFileError, LoRAMismatchError, LoRAUnsupportedError, LoRANameError: nothing was loaded.
+        """
+        name = loading.load_lora(
+            self,
+            source,
+            name=name,
+            trainable=trainable,
+            replace=replace,
+            allow_pickle=allow_pickle,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        pretrained.attached(self)
+        return name
+
+    def save_lora(self: Any, directory: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Write one adapter in PEFT's format, atomically; None takes the only (active) one. Returns the folder."""
+        return loading.save_lora(self, directory, name)
+
+    def set_lora(self: Any, which: Which) -> None:
+        """Make a name, names, or {name: weight} the model's default; None is the base alone. O(1)."""
+        switching.set_lora(self, which)
+
+    def use_lora(self: Any, which: Which) -> AbstractContextManager[nn.Module]:
+        """Within the block, in this thread or task alone, `which` is active."""
+        return switching.use_lora(self, which)
+
+    def no_lora(self: Any) -> AbstractContextManager[nn.Module]:
+        """Within the block, in this thread or task alone, the model is its base."""
+        return switching.use_lora(self, None)
+
+    def route_lora(self: Any, names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
+        """Within the block, row i of every batch goes through `names[i]`; None is the base alone."""
+        return switching.route_lora(self, names)
+
+    def train_lora(self: Any, names: str | Iterable[str]) -> None:
+        """Choose which adapters train: these and no others. Make a new optimizer afterwards."""
+        placing.train(self, names)
+
+    def merge_lora(self: Any, which: Which = None) -> None:
+        """W ← W + ΔW of what is active (or of `which`); `unmerge_lora` restores every bit."""
+        merging.merge_lora(self, which)
+
+    def unmerge_lora(self: Any) -> None:
+        """Take out what `merge_lora` put in; every bit of the base is as before."""
+        merging.unmerge_lora(self)
+
+    def remove_lora(self: Any, name: str | None = None) -> None:
+        """Take one adapter off, or all; without any, the model is what it was, bit for bit. Unmerges first."""
+        if placing.require(self).merged is not None:
+            merging.unmerge_lora(self)
+        placing.remove(self, name)
+        pretrained.detached(self)
+
+    def lora_adapter(self: Any, name: str | None = None) -> LoRAAdapter:
+        """One adapter as a value, apart from the model (copies, on the CPU)."""
+        from .adapter import LoRAAdapter
+
+        return LoRAAdapter.of(loading.read_adapter_of(self, name))
+
+    def lora_state_dict(self: Any, name: str | None = None) -> dict[str, Tensor]:
+        """One adapter's tensors under PEFT's names (copies, on the CPU)."""
+        return loading.lora_state_dict(self, name)
+
+    def lora_summary(self: Any) -> Summary:
+        """Adapters, targets, trainable share and bytes, as data."""
+        return summary.summarise(self)
+
+    def print_lora_summary(self: Any) -> None:
+        """Print targets, trainable share, bytes, and what did not match."""
+        print(summary.summarise(self))
+
+    @property
+    def lora_names(self: Any) -> tuple[str, ...]:
+        """The adapters on this model, in the order they came."""
+        state = placing.state_of(self)
+        return () if state is None else tuple(state.entries)
+
+    @property
+    def active_lora(self: Any) -> str | Mapping[str, float] | list[str | None] | None:
+        """What is active here and now: a name, {name: weight}, a route's list, or None."""
+        state = placing.state_of(self)
+        return None if state is None else switching.described(state.current)
+
+
+_REGISTRY = Registry()
+
+
+def register() -> None:
+    """Make the verbs methods of `PreTrainedModel`. `import hf_lora` does this; doing it again changes nothing."""
+    if len(_REGISTRY):
+        return
+    from transformers import PreTrainedModel
+
+    for name, verb in vars(LoRAMixin).items():
+        if not name.startswith("_"):
+            _REGISTRY.set(PreTrainedModel, name, verb)
+    pretrained.install(_REGISTRY, PreTrainedModel)
+    trainer.install(_REGISTRY)
+    auto.install(_REGISTRY)
+
+
+def unregister() -> None:
+    """Give transformers back exactly what `register` replaced. Adapters already on models keep working."""
+    importing.forget()
+    _REGISTRY.restore()

@@ -1,0 +1,33 @@
+"""Plain LoRA: h = x W^T + s · dropout(x) A^T B^T (Hu et al., 2021, section 4.1)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+
+__all__ = ["Plain"]
+
+
+class Plain:
+    """The paper's update; the factors' product is added to the layer's output or, merged, to its weight."""
+
+    name = "plain"
+
+    def delta(self, x: Tensor, A: Tensor, B: Tensor, *, kind: str, dropout: float, padding_idx: int | None) -> Tensor:
+        """What the pair adds to the layer's output.
+
+        Args:
+            x: (..., in), or token ids (...) where `kind` is "embedding".
+            A: (R, in). B: (out, R), scaled. Both in the compute dtype.
+            dropout: probability, 0 outside training. Token ids take none.
+            padding_idx: of an embedding.
+        """
+        if kind == "embedding":
+            return functional.embed_low_rank(x, A, B, padding_idx)
+        return functional.low_rank(F.dropout(x, dropout) if dropout else x, A, B)
+
+    def weight_delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """ΔW, (out, in) in float32 or wider, for a merge."""
+        return functional.weight_delta(A, B)
