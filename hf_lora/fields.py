@@ -1,0 +1,175 @@
+"""Checks of `LoRAConfig`'s fields: each returns the value in its normal form, or raises and quotes it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from .errors import LoRAConfigError
+from .patterns import compile_pattern, is_literal
+
+T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class FrozenMapping(Mapping[K, V]):
+    """A read-only mapping that, unlike `types.MappingProxyType`, can be pickled and deep-copied."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[K, V] | Iterable[tuple[K, V]] = ()) -> None:
+        self._items: dict[K, V] = dict(items)
+
+    def __getitem__(self, key: K) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._items,))
+
+
+def wrong(name: str, value: Any, expected: str, remedy: str | None = None) -> LoRAConfigError:
+    """The error that `name` has this `value`, quoting it."""
+    shown = repr(value)
+    return LoRAConfigError(
+        f"{name}={shown if len(shown) <= 300 else shown[:300] + '…'} is not {expected}.",
+        name=name,
+        value=value,
+        expected=expected,
+        remedy=remedy or f"Set {name} to {expected}.",
+    )
+
+
+def integer(name: str, value: Any, *, least: int) -> int:
+    """An integer (no bool) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise wrong(name, value, "a positive integer" if least == 1 else f"an integer of at least {least}")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """A positive finite number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise wrong(name, value, "a positive finite number")
+    return float(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number in [0, 1), as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise wrong(name, value, "a number from 0 up to but not including 1")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False, and nothing that only looks like them."""
+    if not isinstance(value, bool):
+        raise wrong(name, value, "True or False")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """One of `allowed`; a near match is named."""
+    if value in allowed and isinstance(value, str):
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    raise wrong(
+        name,
+        value,
+        "one of " + ", ".join(map(repr, allowed)),
+        f"Did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def optional_text(name: str, value: Any) -> None:
+    """A string or None."""
+    if value is not None and not isinstance(value, str):
+        raise wrong(name, value, "a string or None")
+
+
+def name_list(name: str, value: Any) -> tuple[str, ...]:
+    """A sequence or set of non-empty names without duplicates, as a tuple."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)  # PEFT holds targets as a set
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise wrong(name, value, "a list of names")
+    for item in value:
+        if not isinstance(item, str) or not item.strip():
+            raise wrong(name, list(value), "a list of non-empty names", f"Remove {item!r} from {name}.")
+    twice = sorted({item for item in value if list(value).count(item) > 1}) if len(set(value)) < len(value) else []
+    if twice:
+        raise wrong(name, list(value), "a list without duplicates", f"Name {', '.join(map(repr, twice))} once.")
+    return tuple(value)
+
+
+def names_or_regex(name: str, value: Any, *, empty: bool = False) -> str | tuple[str, ...] | None:
+    """A regular expression that compiles, or names; None for nothing."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value.strip():
+            raise wrong(name, value, "a list of names, or a regular expression")
+        if value != "all-linear" or name != "target_modules":
+            compile_pattern(value, field=name)
+        return value
+    names = name_list(name, value)
+    if not names and not empty:
+        raise wrong(name, list(names), "a non-empty list of names", f"Name a module, or leave {name} out.")
+    return names or None
+
+
+def optional_names(name: str, value: Any) -> tuple[str, ...] | None:
+    """Names or None; a bare string is refused, as it would be taken letter by letter."""
+    if isinstance(value, str):
+        raise wrong(name, value, "a list of names", f"Write {name}=[{value!r}].")
+    return None if value is None else name_list(name, value)
+
+
+def layers(value: Any) -> int | tuple[int, ...] | None:
+    """`layers_to_transform`: an index, or indices without duplicates."""
+    name = "layers_to_transform"
+    if value is None:
+        return None
+    if isinstance(value, int):
+        return integer(name, value, least=0)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise wrong(name, value, "a layer's index or a non-empty list of them")
+    indices = tuple(integer(name, item, least=0) for item in value)
+    if len(set(indices)) < len(indices):
+        raise wrong(name, list(indices), "a list without duplicates")
+    return indices
+
+
+def layer_names(value: Any) -> str | tuple[str, ...] | None:
+    """`layers_pattern`: a name, or names."""
+    name = "layers_pattern"
+    if value is None:
+        return None
+    names = name_list(name, [value] if isinstance(value, str) else value)
+    if not names:
+        raise wrong(name, list(names), "a non-empty list of names")
+    for item in names:
+        compile_pattern(item, field=name)
+    return value if isinstance(value, str) else names
+
+
+def pattern_map(name: str, value: Any, check: Callable[[str, Any], T]) -> FrozenMapping[str, T]:
+    """A read-only map from regular expressions to values that pass `check`."""
+    if not isinstance(value, Mapping):
+        raise wrong(name, value, "a mapping from the end of a module path to a number")
+    for key in value:
+        if not isinstance(key, str) or not key:
+            raise wrong(name, dict(value), "a mapping whose keys are non-empty strings")
+        if not is_literal(key):
+            compile_pattern(key, field=name)
+    return FrozenMapping((key, check(f"{name}[{key!r}]", item)) for key, item in value.items())

@@ -1,0 +1,131 @@
+"""What a layer is to a LoRA: its kind and its two sizes, or the reason why it cannot take one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from .architectures import EXPERT_PARAMETERS
+
+__all__ = ["LayerInfo", "describe_layer", "why_not"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Kind and sizes of a layer that can take a LoRA.
+
+    Attributes:
+        kind: "linear" (weight `(out, in)`, quantised or not), "conv1d" (GPT-2's, weight `(in, out)`) or "embedding".
+        in_features: size of what the layer reads; for an embedding the number of its rows V.
+        out_features: size of what the layer gives; for an embedding its width d.
+    """
+
+    kind: Literal["linear", "conv1d", "embedding"]
+    in_features: int
+    out_features: int
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that a change of this layer's weight can have."""
+        return min(self.in_features, self.out_features)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Linear-like by name and sizes, yet its forward is not x @ W.T + b on the last axis.
+
+    `overridden`: only classes that replace the forward of nn.Linear (a plain Linear may be called what it likes).
+    """
+
+    name: re.Pattern[str]
+    reason: str
+    overridden: bool = True
+
+
+_REFUSED = (
+    _Refused(
+        re.compile("NonDynamicallyQuantizableLinear"),
+        "nn.MultiheadAttention reads this layer's weight and never calls it",
+        overridden=False,
+    ),
+    _Refused(re.compile("Router|Gate(?!d)"), "a router: its forward returns more than a projection"),
+    _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
+    _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
+)
+
+_NOT_YET = re.compile(r"^(Lazy)?Conv(Transpose)?[123]d$")
+
+
+def describe_layer(module: nn.Module) -> LayerInfo | None:
+    """Kind and sizes of `module` as a LoRA sees it, or None if it cannot take one.
+
+    Linear-like is told by the name of a class in the method resolution order ("…Linear…") and two integer sizes, so
+    that quantised classes that do not derive from `nn.Linear` (EetqLinear, HiggsLinear, NVFP4Linear, …) count and need
+    no import; the same for transformers' `Conv1D`. Subclasses of `nn.Embedding` count, scaled ones too.
+
+    Args:
+        module: any module; a layer that already carries a LoRA is described as the layer it is.
+
+    Returns:
+        the description; None for everything else, in particular routers, grouped linear layers and the `out_proj` of
+        `nn.MultiheadAttention` (see `why_not`).
+    """
+    if isinstance(module, nn.Embedding):
+        if _refused(module) is not None:
+            return None
+        return LayerInfo("embedding", module.num_embeddings, module.embedding_dim)
+    classes = _own_class(module).__mro__
+    sizes = vars(module)
+    if isinstance(module, nn.Linear) or any("Linear" in cls.__name__ for cls in classes):
+        fan_in, fan_out = sizes.get("in_features"), sizes.get("out_features")
+        if not (isinstance(fan_in, int) and isinstance(fan_out, int)) or _refused(module) is not None:
+            return None
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "ndim", 2) > 2:  # stacked experts call themselves Linear, too
+            return None
+        return LayerInfo("linear", fan_in, fan_out)
+    nx, nf = sizes.get("nx"), sizes.get("nf")
+    if isinstance(nx, int) and isinstance(nf, int) and any(cls.__name__ == "Conv1D" for cls in classes):
+        return LayerInfo("conv1d", nx, nf)
+    return None
+
+
+def why_not(module: nn.Module) -> tuple[str, bool]:
+    """Why `module` takes no LoRA, and whether it is a layer that LoRA could in principle reach (not yet supported).
+
+    Returns:
+        a clause that follows "it is a <class>: ", and True where the answer is "not yet" instead of "not a layer".
+    """
+    reason = _refused(module)
+    if reason is not None:
+        return reason, True
+    if any(_NOT_YET.match(cls.__name__) for cls in type(module).__mro__):
+        return "convolutions are not supported yet", True
+    if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
+        return "its weights are 3-D parameters (PEFT's target_parameters), which are not supported yet", True
+    if isinstance(module, nn.MultiheadAttention):
+        return "it holds W_q, W_k and W_v as one parameter and calls no Linear layer", True
+    if next(module.children(), None) is not None:
+        return "a container, not a layer", False
+    return "neither a Linear-like layer, a Conv1D nor an Embedding", False
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without what hf_lora swapped in."""
+    own: type[nn.Module] = getattr(type(module), "lora_base", type(module))
+    return own
+
+
+def _refused(module: nn.Module) -> str | None:
+    own = _own_class(module)
+    plain = own.forward in (nn.Linear.forward, nn.Embedding.forward)
+    for cls in own.__mro__:
+        if cls in (nn.Linear, nn.Embedding, nn.Module):
+            break
+        for rule in _REFUSED:
+            if not (rule.overridden and plain) and rule.name.search(cls.__name__):
+                return rule.reason
+    return None

@@ -1,0 +1,455 @@
+"""PEFT's tensor names: which tensor of a state dict is what, and the state dict of an adapter.
+
+A plan is made from names, dtypes and shapes alone, so that a file is judged before its tensors are allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LoRAConfig
+from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
+from .values import AdapterValue, Block, Factors
+
+__all__ = [
+    "Plan",
+    "assemble",
+    "blocks_json",
+    "disk_config",
+    "from_state_dict",
+    "make_plan",
+    "parse_blocks",
+    "to_state_dict",
+]
+
+PREFIX = "base_model.model."
+
+# What other adapters put beside or instead of plain factors: a piece of the name -> what it belongs to.
+_FOREIGN = {
+    "lora_magnitude_vector": "use_dora",
+    "lora_B.bias": "lora_bias",
+    "token_adapter": "trainable_token_indices",
+    "trainable_tokens_": "trainable_token_indices",
+    "lora_diag": "kasa_config",
+    "lora_E": "peft_type ADALORA",
+    "ranknum": "peft_type ADALORA",
+    "hada_w": "peft_type LOHA",
+    "lokr_w": "peft_type LOKR",
+    "ia3_l": "peft_type IA3",
+    "vera_lambda": "peft_type VERA",
+    "prompt_embeddings": "a prompt-learning peft_type",
+    "prompt_encoder": "a prompt-learning peft_type",
+}
+_FOREIGN_KEY = re.compile(r"\.(?:" + "|".join(map(re.escape, _FOREIGN)) + ")")
+# lora_A.<adapter's name>.weight: written by PEFT's training checkpoints and by tools that save the module's own names.
+_NAMED = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight|(.+)\.lora_embedding_([AB])\.([^.]+)")
+_WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")  # names inside PEFT's wrapper of a head
+_BAD_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^\.|\.\.|\.$|^$|^[A-Za-z]:")
+_ENDINGS = {
+    ".lora_A.weight": ("linear", "A"),
+    ".lora_B.weight": ("linear", "B"),
+    ".lora_embedding_A": ("embedding", "A"),
+    ".lora_embedding_B": ("embedding", "B"),
+}
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass
+class Plan:
+    """Where every tensor of a file goes; the values are the file's own names."""
+
+    factors: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> {"kind": …, "A": name, "B": name}
+    biases: dict[str, str] = field(default_factory=dict)  # "X.bias" -> name
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> {"weight": name, …}
+    embeddings: dict[str, str] = field(default_factory=dict)  # "X.weight" -> name
+    twins: dict[str, str] = field(default_factory=dict)  # name -> name of a tensor that must be equal
+    unused: list[str] = field(default_factory=list)  # names of the base's own tensors that the adapter replaces
+    resolved: dict[str, tuple[int, float]] = field(default_factory=dict)  # path -> (rank, alpha)
+
+
+def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Plan:
+    """Sort the tensors of a file by name and check their dtypes and shapes against `config`.
+
+    Raises:
+        LoRAFileError: missing, unknown, mis-named or mis-shaped tensors; it lists every one.
+        LoRAUnsupportedError: tensors of a variant that hf_lora does not compute.
+    """
+    problems: list[str] = []
+    foreign: dict[str, str] = {}
+    adapters: set[str] = set()
+    plan, rest = Plan(), {}
+    for name in specs:
+        key = name[len(PREFIX) :]
+        if not name.startswith(PREFIX):
+            problems.append(f"{name!r} does not start with {PREFIX!r}")
+        elif len(name) > 1000 or _BAD_NAME.search(key):
+            problems.append(f"{name[:200]!r} is no module path")
+        elif (ending := _ending(key)) is not None:
+            _put(plan, key[: -len(ending)], *_ENDINGS[ending], name, problems)
+        elif (match := _FOREIGN_KEY.search(f".{key}")) is not None:
+            foreign[name] = _FOREIGN[match[0][1:]]
+        elif (match := _NAMED.fullmatch(key)) is not None:
+            path, part, adapter = match.groups()[:3] if match[1] else match.groups()[3:]
+            adapters.add(adapter)
+            _put(plan, path, "linear" if match[1] else "embedding", part, name, problems)
+        elif ".lora_" in f".{key}":
+            foreign[name] = "target_parameters" if re.search(r"lora_[AB]$", key) else "an unknown LoRA variant"
+        elif (match := _WRAPPED.fullmatch(key)) is not None:
+            path, copy, parameter = match.groups()
+            own = f"{PREFIX}{path}.{parameter}"
+            adapter, _, parameter = parameter.partition(".")
+            if own in specs and copy == "modules_to_save":
+                plan.twins[name] = own  # PEFT with bias="all" writes a head's bias under both names …
+            elif own in specs:
+                plan.unused.append(name)  # … and also that of the base's head, which the trained one replaces
+            elif copy == "modules_to_save" and parameter:
+                adapters.add(adapter)
+                rest[f"{path}.{parameter}"] = name
+            else:
+                problems.append(f"{name!r} is {own!r} of the base, without the trained one")
+        else:
+            rest[key] = name
+    _refuse_foreign(foreign, source)
+    if len(adapters) > 1:
+        problems.append(f"the names belong to several adapters: {', '.join(sorted(adapters))}")
+    if not plan.factors and not problems:
+        raise LoRAFileError(
+            f"{source} holds no LoRA tensors; its first names are {sorted(specs)[:3]}.",
+            name="lora_A",
+            value=sorted(specs)[:20],
+            remedy="Give the adapter's own weights, not a model's.",
+        )
+    _check_factors(config, plan, specs, source, problems)
+    _sort_rest(config, plan, rest, specs, problems)
+    if problems:
+        raise LoRAFileError(
+            f"{source} does not hold what its config says: {len(problems)} of its {len(specs)} tensors are wrong."
+            if len(problems) > 1
+            else f"{source} does not hold what its config says.",
+            value=problems,
+            facts=problems,
+            remedy="Save the adapter again, or correct adapter_config.json.",
+        )
+    return plan
+
+
+def _ending(key: str) -> str | None:
+    for ending in _ENDINGS:
+        if key.endswith(ending) and len(key) > len(ending):
+            return ending
+    return None
+
+
+def _put(plan: Plan, path: str, kind: str, part: str, name: str, problems: list[str]) -> None:
+    pair = plan.factors.setdefault(path, {"kind": kind})
+    if pair["kind"] != kind or part in pair:
+        problems.append(f"{name!r} is a second {part} for {path!r}")
+    else:
+        pair[part] = name
+
+
+def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
+    if foreign:
+        name, what = next(iter(foreign.items()))
+        raise LoRAUnsupportedError(
+            f"{source} has tensors of {', '.join(sorted(set(foreign.values())))}, which hf_lora does not compute.",
+            name=name,
+            value=what,
+            facts=[f"{key}: {value}" for key, value in foreign.items()],
+            remedy="Load it with PEFT, or merge it there and extract a plain LoRA.",
+        )
+
+
+def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
+    higher: dict[str, str] = {}
+    plan.resolved = config.resolve(plan.factors)
+    for path, pair in plan.factors.items():
+        if "A" not in pair or "B" not in pair:
+            has, lacks = ("A", "B") if "A" in pair else ("B", "A")
+            problems.append(f"{pair[has]!r} has no lora_{lacks} beside it")
+            continue
+        (a_type, a), (b_type, b) = specs[pair["A"]], specs[pair["B"]]
+        rank = plan.resolved[path][0]
+        if len(a) != 2 or len(b) != 2:
+            if len(a) > 2 and len(a) == len(b):
+                higher[pair["A"]] = f"a convolution's factors, shape {list(a)}"
+            elif len(a) == 2 and len(b) == 3:
+                higher[pair["B"]] = f"enable_lora (PEFT before 0.3), shape {list(b)}"
+            else:
+                problems.append(f"{path!r}: lora_A {list(a)} and lora_B {list(b)} are not matrices")
+        elif a[0] != b[1]:
+            problems.append(f"{path!r}: lora_A {list(a)} has rank {a[0]}, lora_B {list(b)} has rank {b[1]}")
+        elif a[0] != rank:
+            problems.append(f"{path!r}: its tensors have rank {a[0]}, the config says {rank}")
+        elif 0 in a or 0 in b:
+            problems.append(f"{path!r}: lora_A {list(a)} or lora_B {list(b)} is empty")
+        elif a_type != b_type or not a_type.is_floating_point:
+            problems.append(f"{path!r}: lora_A is {a_type}, lora_B {b_type}; both must have one floating dtype")
+    _refuse_foreign(higher, source)
+
+
+def _sort_rest(
+    config: LoRAConfig, plan: Plan, rest: Mapping[str, str], specs: Mapping[str, Spec], problems: list[str]
+) -> None:
+    """Biases, copies of embeddings, and modules that were saved whole."""
+    heads = config.modules_to_save or ()
+    loose: dict[str, dict[str, str]] = {}
+    for key, name in rest.items():
+        path, _, parameter = key.rpartition(".")
+        if path.endswith(".base_layer"):
+            path = path.removesuffix(".base_layer")
+            if path not in plan.factors or parameter not in ("weight", "bias"):
+                problems.append(f"{name!r}: {path!r} has no factors")
+            elif parameter == "bias" and config.bias != "none":
+                plan.biases[f"{path}.bias"] = name
+            else:
+                plan.embeddings[f"{path}.{parameter}"] = name
+        elif path in plan.factors:
+            if parameter == "bias" and config.bias != "none":  # PEFT before 0.7
+                plan.biases[key] = name
+            else:
+                problems.append(f"{name!r}: a second {parameter} for the adapted {path!r}")
+        elif (head := _head(path, heads)) is not None:
+            plan.modules.setdefault(head, {})[key[len(head) + 1 :]] = name
+        else:
+            loose.setdefault(path, {})[parameter] = name
+    for path, state in loose.items():
+        if path and "weight" in state:
+            # A head saved though modules_to_save does not name it, or an embedding that was resized.
+            plan.modules[path] = dict(state)
+        elif path and set(state) == {"bias"} and config.bias == "all":
+            plan.biases[f"{path}.bias"] = state["bias"]
+        else:
+            problems += [f"{name!r} is neither a factor, a trained bias nor a whole module" for name in state.values()]
+    for name in (*plan.biases.values(), *plan.embeddings.values()):
+        if not specs[name][0].is_floating_point:
+            problems.append(f"{name!r} has dtype {specs[name][0]}, which no bias or embedding has")
+
+
+def _head(path: str, heads: Sequence[str]) -> str | None:
+    """The outermost module on `path` that a name in modules_to_save means; PEFT compares ends, without a dot."""
+    if not heads:
+        return None
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:count])
+        if any(prefix.endswith(head) for head in heads):
+            return prefix
+    return None
+
+
+# -- values <-> tensors ----------------------------------------------------------------------------------------------
+
+
+def assemble(
+    config: LoRAConfig,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    blocks: Mapping[str, tuple[Block, ...]],
+    source: str,
+    together: Tensor | None = None,
+) -> AdapterValue:
+    """The value that `plan` describes; non-finite tensors are refused, and listed.
+
+    `together`: all tensors as one flat tensor, if there is such a thing, which is faster to look through.
+    """
+    if together is None or not _sums_finite(together):
+        _refuse_non_finite(tensors, source)
+    for twin, own in plan.twins.items():
+        if not torch.equal(tensors[twin], tensors[own]):
+            raise LoRAFileError(f"{source}: {twin!r} and {own!r} are one parameter but differ.", name=twin)
+    unknown = sorted(blocks.keys() - plan.factors.keys())
+    if unknown:
+        raise LoRAFileError(f"{source} has blocks for {unknown}, which have no factors.", name=unknown[0])
+    try:
+        factors = {
+            path: Factors(
+                kind="embedding" if pair["kind"] == "embedding" else "linear",
+                A=tensors[pair["A"]],
+                B=tensors[pair["B"]],
+                alpha=plan.resolved[path][1],
+                use_rslora=config.use_rslora,
+                blocks=blocks.get(path, ()),
+            )
+            for path, pair in plan.factors.items()
+        }
+        return AdapterValue(
+            config,
+            factors,
+            biases={key: tensors[name] for key, name in plan.biases.items()},
+            modules={path: {k: tensors[n] for k, n in state.items()} for path, state in plan.modules.items()},
+            embeddings={key: tensors[name] for key, name in plan.embeddings.items()},
+        )
+    except LoRAError as error:
+        raise LoRAFileError(f"{source}: {error.message}", name=error.name, value=error.value) from error
+
+
+def _sums_finite(tensor: Tensor) -> bool:
+    """Whether the sum is finite: then every term is. It may overflow though every term is finite."""
+    if not tensor.is_floating_point():
+        return True
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return bool(tensor.detach().sum(dtype=wide).isfinite())
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    bad = []
+    for name, tensor in tensors.items():
+        if not _sums_finite(tensor) and not tensor.isfinite().all():
+            bad.append(f"{name}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} values are NaN or infinite")
+    if bad:
+        raise LoRAFileError(
+            f"{source} has {len(bad)} tensors that are not finite.",
+            name=bad[0].split(":")[0],
+            value=bad,
+            facts=bad,
+            remedy="The training run diverged: use an earlier checkpoint.",
+        )
+
+
+def from_state_dict(
+    config: LoRAConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    blocks: Mapping[str, tuple[Block, ...]] | None = None,
+    source: str = "The state dict",
+) -> AdapterValue:
+    """The adapter that PEFT-named `tensors` hold ("base_model.model." + path + ".lora_A.weight", …).
+
+    Args:
+        config: rank and alpha of every module are taken from it and checked against the tensors.
+        tensors: kept as they are, not copied.
+        blocks: slices of fused layers, by module path.
+        source: what an error calls the state dict.
+
+    Raises:
+        LoRAFileError: the tensors are not what `config` says; every one is listed.
+        LoRAUnsupportedError: fields or tensors that hf_lora does not compute.
+    """
+    config.require_supported()
+    plan = make_plan(config, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, source)
+    return assemble(config, plan, tensors, blocks or {}, source)
+
+
+def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
+    """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
+    found: dict[str, Tensor] = {}
+    for path, factors in value.factors.items():
+        if factors.kind == "embedding":
+            found[f"{PREFIX}{path}.lora_embedding_A"] = factors.A
+            found[f"{PREFIX}{path}.lora_embedding_B"] = factors.B
+        else:
+            found[f"{PREFIX}{path}.lora_A.weight"] = factors.A
+            found[f"{PREFIX}{path}.lora_B.weight"] = factors.B
+    for name, tensor in (*value.biases.items(), *value.embeddings.items()):
+        path, _, parameter = name.rpartition(".")
+        found[f"{PREFIX}{path}.base_layer.{parameter}" if path in value.factors else PREFIX + name] = tensor
+    for path, state in value.modules.items():
+        for name, tensor in state.items():
+            found[f"{PREFIX}{path}.{name}"] = tensor
+    return found
+
+
+def disk_config(value: AdapterValue) -> LoRAConfig:
+    """The config that says on disk what `value` holds: ranks, alphas, targets and heads, resolved.
+
+    Ranks and alphas that `value.config` gives already stay; otherwise the commonest (rank, alpha) becomes r and
+    lora_alpha, for loaders that ignore the patterns. Targets stay if they are a list each of whose names ends an
+    adapted path and that leaves none out; otherwise they become the full paths.
+    """
+    config, factors = value.config, value.factors
+    actual = {path: (pair.rank, float(pair.alpha)) for path, pair in factors.items()}
+    rslora = {pair.use_rslora for pair in factors.values()}
+    if len(rslora) > 1:
+        mixed = next(path for path, pair in factors.items() if pair.use_rslora != config.use_rslora)
+        raise LoRAFileError(
+            f"Some factors scale by alpha/√r and some by alpha/r ({mixed!r}), which PEFT's format cannot say.",
+            name=mixed,
+        )
+    changes: dict[str, Any] = {"use_rslora": rslora.pop()}
+    if config.resolve(factors) != actual:
+        (r, alpha), _ = Counter(actual.values()).most_common(1)[0]
+        changes |= {
+            "r": r,
+            "alpha": alpha,
+            "rank_pattern": {_anchored(path): rank for path, (rank, _) in actual.items() if rank != r},
+            "alpha_pattern": {_anchored(path): own for path, (_, own) in actual.items() if own != alpha},
+        }
+    elif config.alpha is None:
+        changes["alpha"] = float(config.r)
+    targets = config.target_modules
+    if not isinstance(targets, tuple) or not _closed(targets, factors):
+        changes |= {
+            "target_modules": sorted(factors),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    heads = tuple(config.modules_to_save or ())
+    unnamed = [path for path in value.modules if _head(path, heads) is None]
+    if unnamed:
+        changes["modules_to_save"] = [*heads, *unnamed]
+    return config.replace(**changes)
+
+
+def _anchored(path: str) -> str:
+    return "^" + re.escape(path)
+
+
+def _closed(targets: tuple[str, ...], paths: Mapping[str, Any]) -> bool:
+    """Whether every target ends some path and every path ends with some target, at a dot."""
+    ends = {".".join(parts[i:]) for path in paths for parts in [path.split(".")] for i in range(len(parts))}
+    named = set(targets)
+    return named <= ends and all(
+        any(".".join(parts[i:]) in named for i in range(len(parts))) for path in paths for parts in [path.split(".")]
+    )
+
+
+# -- fused slices, which PEFT's format has no notation for -----------------------------------------------------------
+
+
+def blocks_json(value: AdapterValue) -> str | None:
+    """{path: [[role, [[start, stop], …]], …]} for the metadata, or None if no layer is adapted by slices."""
+    found = {
+        path: [[block.role, [[span.start, span.stop] for span in block.rows]] for block in factors.blocks]
+        for path, factors in value.factors.items()
+        if factors.blocks
+    }
+    return json.dumps(found, sort_keys=True) if found else None
+
+
+def parse_blocks(found: Mapping[str, Any]) -> dict[str, tuple[Block, ...]]:
+    """What `blocks_json` wrote."""
+    try:
+        return {
+            path: tuple(
+                Block(_role(role), tuple(range(_row(start), _row(stop)) for start, stop in rows))
+                for role, rows in blocks
+            )
+            for path, blocks in found.items()
+        }
+    except (LoRAError, TypeError, ValueError) as error:
+        raise LoRAFileError(
+            f"The blocks of fused layers in the metadata are malformed: {error}.", value=found
+        ) from error
+
+
+def _role(role: Any) -> str:
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"role {role!r}")
+    return role
+
+
+def _row(row: Any) -> int:
+    if type(row) is not int or not 0 <= row < 2**31:
+        raise ValueError(f"row {row!r}")
+    return row

@@ -1,0 +1,304 @@
+"""The adapter as data: a config and its tensors. Nothing here knows a disk or a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .config import FrozenMapping, LoRAConfig
+from .errors import LoRAConfigError, LoRAMismatchError
+
+__all__ = ["AdapterValue", "Block", "Factors"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A slice of a fused layer: the output rows that belong to one role (q of a fused q, k, v).
+
+    Args:
+        role: the role's name.
+        rows: ascending, disjoint ranges of output rows, each with step 1.
+    """
+
+    role: str
+    rows: tuple[range, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        last = 0
+        for span in self.rows:
+            if not isinstance(span, range) or span.step != 1 or len(span) == 0 or span.start < last:
+                raise LoRAMismatchError(
+                    f"The rows {self.rows!r} of role {self.role!r} are not ascending, disjoint ranges of step 1.",
+                    name=self.role,
+                    value=self.rows,
+                )
+            last = span.stop
+        if not self.rows:
+            raise LoRAMismatchError(f"Role {self.role!r} has no rows.", name=self.role, value=self.rows)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    def index(self, device: torch.device | str | None = None) -> Tensor:
+        """The rows as one index tensor, (len(self),) int64."""
+        return torch.cat([torch.arange(span.start, span.stop, device=device) for span in self.rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One layer's factors: ΔW = scaling·B·A, scaling = alpha/R, or alpha/√R with rsLoRA.
+
+    Args:
+        kind: "linear" (Conv1D too), or "embedding".
+        A: (R, in); embedding: (R, V).
+        B: (out, R); embedding: (d, R).
+        alpha: alpha of PEFT's dense form, that is for the whole R.
+        use_rslora: divide alpha by √R rather than R.
+        blocks: slices of a fused layer. With n of them R = n·r, and columns i·r:(i+1)·r of B are zero outside block
+            i's rows. Empty: the whole layer.
+
+    Raises:
+        LoRAMismatchError: the tensors are no such pair.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685) §4.1.
+    """
+
+    kind: Literal["linear", "embedding"]
+    A: Tensor
+    B: Tensor
+    alpha: float
+    use_rslora: bool = False
+    blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        if self.kind not in ("linear", "embedding"):
+            raise LoRAMismatchError(f"kind={self.kind!r} is neither 'linear' nor 'embedding'.", value=self.kind)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
+            raise LoRAMismatchError(
+                f"A {a} and B {b} are no factors: A is (rank, in), B (out, rank).", name="A, B", value=(a, b)
+            )
+        if not self.A.is_floating_point() or self.A.dtype != self.B.dtype:
+            raise LoRAMismatchError(
+                f"A is {self.A.dtype} and B {self.B.dtype}: both must have the same floating dtype.",
+                value=(self.A.dtype, self.B.dtype),
+            )
+        if isinstance(self.alpha, bool) or not 0 < self.alpha < math.inf:
+            raise LoRAMismatchError(f"alpha={self.alpha!r} is not a positive number.", name="alpha", value=self.alpha)
+        if self.blocks:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        n, out = len(self.blocks), self.B.shape[0]
+        if self.rank % n:
+            raise LoRAMismatchError(f"Rank {self.rank} does not divide into {n} blocks.", value=self.rank)
+        taken: set[int] = set()
+        for block in self.blocks:
+            if block.rows[-1].stop > out:
+                raise LoRAMismatchError(
+                    f"Role {block.role!r} has rows up to {block.rows[-1].stop}, but the layer has {out}.",
+                    name=block.role,
+                    value=block.rows,
+                )
+            rows = {row for span in block.rows for row in span}
+            if taken & rows:
+                raise LoRAMismatchError(f"Role {block.role!r} shares rows with another block.", name=block.role)
+            taken |= rows
+        if self.B.device.type == "meta":
+            return
+        for block, _, part in self._parts():
+            outside = part.detach().clone()
+            outside[block.index(part.device)] = 0
+            if outside.count_nonzero():
+                raise LoRAMismatchError(
+                    f"B is not zero outside the rows of role {block.role!r}.",
+                    name=block.role,
+                    remedy="Drop the blocks: the factors are then those of the whole layer.",
+                )
+
+    @property
+    def rank(self) -> int:
+        """R, the number of rows of A."""
+        return self.A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha/R, or alpha/√R with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A: the layer's inputs, or an embedding's V."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of B: the layer's outputs, or an embedding's d."""
+        return self.B.shape[0]
+
+    def delta(self) -> Tensor:
+        """ΔW = scaling·B·A as a dense (out, in) tensor, in float32 (float64 if the factors are).
+
+        An embedding's is (d, V), the transpose of its weight; a Conv1D's likewise.
+        """
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return (self.B.to(dtype) @ self.A.to(dtype)) * self.scaling
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in another floating dtype."""
+        return dataclasses.replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+
+    def equal(self, other: Factors) -> bool:
+        """Same kind, scaling, blocks, and bit-equal tensors of the same dtype."""
+        return (
+            (self.kind, self.alpha, self.use_rslora, self.blocks)
+            == (other.kind, other.alpha, other.use_rslora, other.blocks)
+            and _same(self.A, other.A)
+            and _same(self.B, other.B)
+        )
+
+    def _parts(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        r = self.rank // len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            yield block, self.A[i * r : (i + 1) * r], self.B[:, i * r : (i + 1) * r]
+
+    def split(self) -> list[tuple[Block, Tensor, Tensor]]:
+        """The blocks' own factors: (block, A_i (r, in), B_i (len(block), r)); empty for a whole layer."""
+        if not self.blocks:
+            return []
+        return [(block, a, b[block.index(b.device)]) for block, a, b in self._parts()]
+
+    @classmethod
+    def stack(
+        cls,
+        parts: Sequence[tuple[Block, Tensor, Tensor]],
+        *,
+        out_features: int,
+        alpha: float,
+        use_rslora: bool = False,
+        kind: Literal["linear", "embedding"] = "linear",
+    ) -> Factors:
+        """One dense pair that computes what `parts` compute side by side; the inverse of `split`.
+
+        Args:
+            parts: (block, A_i (r, in), B_i (len(block), r)), all of one rank r.
+            out_features: rows of the fused layer.
+            alpha: alpha of one part, for rank r. The result's is n·alpha (rsLoRA: √n·alpha), so scaling stays.
+        """
+        blocks = tuple(block for block, _, _ in parts)
+        ranks = {a.shape[0] for _, a, _ in parts} | {b.shape[1] for _, _, b in parts}
+        if len(ranks) != 1 or any(b.shape[0] != len(block) for block, _, b in parts):
+            shapes = [(block.role, tuple(a.shape), tuple(b.shape)) for block, a, b in parts]
+            raise LoRAMismatchError(f"The parts {shapes} do not share one rank, or B does not fit its rows.")
+        r, n = ranks.pop(), len(parts)
+        b = parts[0][2].new_zeros(out_features, n * r)
+        for i, (block, _, part) in enumerate(parts):
+            if block.rows[-1].stop > out_features:
+                raise LoRAMismatchError(
+                    f"Role {block.role!r} has rows up to {block.rows[-1].stop}, but the layer has {out_features}.",
+                    name=block.role,
+                )
+            b[block.index(b.device), i * r : (i + 1) * r] = part.detach()
+        a = torch.cat([part.detach() for _, part, _ in parts])
+        return cls(kind, a, b, alpha * (math.sqrt(n) if use_rslora else n), use_rslora, blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterValue:
+    """An adapter: its config and its tensors, by module path in the base (without PEFT's "base_model.model.").
+
+    Args:
+        config: the config that its files say or will say.
+        factors: module path → factors; at least one.
+        biases: "X.bias" → the whole trained bias. Needs `config.bias` "lora_only", or "all" where X has no factors.
+        modules: module path → state dict of a module that was trained whole (modules_to_save).
+        embeddings: "X.weight" → PEFT's copy of the base's own weight, written beside the factors of an embedding; to be
+            compared with the base, not put into it.
+    """
+
+    config: LoRAConfig
+    factors: Mapping[str, Factors]
+    biases: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("factors", "biases", "embeddings"):
+            object.__setattr__(self, name, FrozenMapping(getattr(self, name)))
+        modules = {path: FrozenMapping(state) for path, state in self.modules.items()}
+        object.__setattr__(self, "modules", FrozenMapping(modules))
+        if not self.factors:
+            raise LoRAMismatchError("The adapter has no LoRA factors.", remedy="Adapt at least one module.")
+        for name in self.biases:
+            if not name.endswith(".bias") and name != "bias":
+                raise LoRAMismatchError(f"The bias {name!r} is not named '<module>.bias'.", name=name)
+            needed = "lora_only" if name.removesuffix(".bias") in self.factors else "all"
+            if self.config.bias not in ("all", needed):
+                raise LoRAConfigError(
+                    f"The adapter has the bias {name!r}, but config.bias is {self.config.bias!r}.",
+                    name="bias",
+                    value=self.config.bias,
+                    expected=needed,
+                    remedy=f'Set bias="{needed}".',
+                )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the adapter."""
+        for factors in self.factors.values():
+            yield factors.A
+            yield factors.B
+        yield from self.biases.values()
+        for state in self.modules.values():
+            yield from state.values()
+        yield from self.embeddings.values()
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers were trained: factors, biases and whole modules, but not copies of the base."""
+        return sum(tensor.numel() for tensor in self.tensors()) - sum(t.numel() for t in self.embeddings.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor, as stored."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def to(self, dtype: torch.dtype) -> AdapterValue:
+        """The same adapter in another floating dtype; whole numbers in modules stay, copies of the base stay."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        return dataclasses.replace(
+            self,
+            factors={path: factors.to(dtype) for path, factors in self.factors.items()},
+            biases={name: cast(tensor) for name, tensor in self.biases.items()},
+            modules={path: {k: cast(t) for k, t in state.items()} for path, state in self.modules.items()},
+        )
+
+    def equal(self, other: AdapterValue) -> bool:
+        """Same config, names, dtypes and bits."""
+
+        def same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+            return mine.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in mine.items())
+
+        return (
+            self.config == other.config
+            and self.factors.keys() == other.factors.keys()
+            and all(factors.equal(other.factors[path]) for path, factors in self.factors.items())
+            and same(self.biases, other.biases)
+            and same(self.embeddings, other.embeddings)
+            and self.modules.keys() == other.modules.keys()
+            and all(same(state, other.modules[path]) for path, state in self.modules.items())
+        )
+
+
+def _same(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
