@@ -43,6 +43,12 @@ RENDERINGS: tuple[Rendering, ...] = (
 )
 
 
+# typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself. Where it gets the last
+# from (click, or its own copy) depends on its version.
+_CLICK_EXCEPTION = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_LEFT_TO_TYPER = (typer.Exit, typer.Abort, _CLICK_EXCEPTION)
+
+
 class Rendered(TyperGroup):
     """Renders what a command raises by the table; `--debug` lets it through with its traceback."""
 
@@ -61,9 +67,6 @@ class Rendered(TyperGroup):
             typer.echo(row.body(error), err=True)
             raise typer.Exit(row.code) from None
 
-
-# typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself.
-_LEFT_TO_TYPER = (typer.Exit, typer.Abort, ClickException)
 
 app = typer.Typer(
     cls=Rendered,
@@ -119,11 +122,13 @@ def quickstart(
         Path | None,
         typer.Option(metavar="FOLDER", help="For e2e: the folder with devset.csv and testset_w_refs.csv."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the adapter and the results go.")
-    ] = Path("hf-lora-quickstart"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter and the results go.")] = Path(
+        "hf-lora-quickstart"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps, of 8 examples each.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="For the data's split, the adapter's start and the training order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="For the data's split, the adapter's start and the training order.")
+    ] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start over.")] = False,
 ) -> None:
     """Train a LoRA on real data, and see what it is worth: about 5 minutes on two CPU cores.

@@ -82,7 +82,7 @@ def load_lora(
         if options.get("subfolder"):
             called = f"{called}/{options['subfolder']}"
     name = called if name is None else name
-    put(model, value, name, trainable=trainable, replace=replace)
+    put(model, value, name, trainable=trainable, replace=replace, complete=not isinstance(source, AdapterValue))
     return name
 
 

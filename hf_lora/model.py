@@ -198,6 +198,7 @@ def put(
     trainable: bool = False,
     replace: bool = False,
     active: bool | None = None,
+    complete: bool = False,
 ) -> None:
     """Put an adapter on a model: all of it, or nothing.
 
@@ -207,6 +208,7 @@ def put(
         trainable: as float32 Parameters that require gradients; otherwise into the frozen banks.
         replace: put it in place of the adapter of this name.
         active: make it the only active one; None does so only if nothing is active.
+        complete: also refuse a value that lacks what its config names on this model (a file with tensors missing).
 
     Raises:
         LoRAMismatchError: it does not fit; lists every missing module and wrong shape. The model is as before.
@@ -233,7 +235,7 @@ def put(
                 value=name,
                 remedy="Choose another name, remove_lora() it, or pass replace=True.",
             )
-    plan = _plan(model, value, state)
+    plan = _plan(model, value, state, complete)
     fresh = state is None
     state = _attach(model) if state is None else state
     with state.lock:
@@ -266,7 +268,7 @@ class _Plan:
     inner: frozenset[str]
 
 
-def _plan(model: nn.Module, value: AdapterValue, state: LoRAState | None) -> _Plan:
+def _plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, complete: bool = False) -> _Plan:
     modules = dict(model.named_modules(remove_duplicate=False))
     infos: dict[str, LayerInfo] = {}
     problems: list[str] = []
@@ -306,6 +308,8 @@ def _plan(model: nn.Module, value: AdapterValue, state: LoRAState | None) -> _Pl
     for tensor_path, tensor in _tensors(value):
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             problems.append(f"{tensor_path}: holds NaN or infinite values")
+    if complete and not problems:
+        problems += _missing(model, value)
     if problems:
         raise LoRAMismatchError(
             f"The adapter does not fit this {type(model).__name__}: {len(problems)} problem(s). Nothing was loaded.",
@@ -315,6 +319,17 @@ def _plan(model: nn.Module, value: AdapterValue, state: LoRAState | None) -> _Pl
             facts=problems,
         )
     return _Plan(modules, infos, frozenset(inner_paths(model, value.factors)))
+
+
+def _missing(model: nn.Module, value: AdapterValue) -> list[str]:
+    """What the config names on this model and the file does not hold."""
+    found = resolve(model, value.config, from_file=True)
+    targets = [target.path for target in found.targets if target.path not in value.factors]
+    return [f"{path}: the config names it, the file has no factors for it" for path in targets] + [
+        f"{path}: the config names it (modules_to_save), the file does not hold it"
+        for path in found.heads
+        if path not in value.modules
+    ]
 
 
 def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:

@@ -135,6 +135,12 @@ class Factors:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
+    def num_parameters(self) -> int:
+        """How many numbers were trained: in B only the rows that the blocks own."""
+        rows = sum(map(len, self.blocks)) / max(len(self.blocks), 1) if self.blocks else self.B.shape[0]
+        return self.A.numel() + int(rows * self.rank)
+
+    @property
     def in_features(self) -> int:
         """Columns of A: the layer's inputs, or an embedding's V."""
         return self.A.shape[1]
@@ -262,8 +268,10 @@ class AdapterValue:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers were trained: factors, biases and whole modules, but not copies of the base."""
-        return sum(tensor.numel() for tensor in self.tensors()) - sum(t.numel() for t in self.embeddings.values())
+        """How many numbers were trained: factors (of fused slices only their own rows), biases and whole modules."""
+        whole = [t for state in self.modules.values() for t in state.values()]
+        rest = sum(tensor.numel() for tensor in (*self.biases.values(), *whole))
+        return rest + sum(factors.num_parameters for factors in self.factors.values())
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,8 @@ def randomise(model: Any, seed: int = 0, scale: float = 0.2) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_slots." in name or ".lora_heads." in name:
             noise = scale * torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_(noise.to(parameter.dtype))
+            base = 0 if ".lora_slots." in name else parameter.data  # a head's copy stays near the base's
+            parameter.data.copy_(base + noise.to(parameter.dtype))
 
 
 def with_adapters(model: Any, configs: dict[str, Any]) -> Any:

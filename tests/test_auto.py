@@ -1,4 +1,4 @@
-"""`from_pretrained(adapter)`, `pipeline(model=adapter)` and transformers' own adapter methods, with and without peft."""
+"""`from_pretrained(adapter)`, `pipeline(model=adapter)` and transformers' adapter methods; peft or no peft."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def randomise(model: Any, seed: int = 0) -> Any:
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    """saved("llama", "a"): folders of a base and of an adapter made on it, and the logits that the two give together."""
+    """saved("llama", "a"): folders of a base and of an adapter made on it, and the model that the two make."""
 
     def make(name: str = "llama", adapter: str = "adapter", *, base: Path | None = None, seed: int = 1, **fields: Any):
         base = tmp_path / f"base-{name}" if base is None else base
@@ -125,7 +125,7 @@ def test_offloaded_base(saved, batch, tmp_path):
 
 
 def test_adapter_kwargs_subfolder(saved, tmp_path, batch):
-    _, folder, expected = saved(adapter="repo/inner")
+    *_, expected = saved(adapter="repo/inner")
     for cls in (AutoModelForCausalLM, LlamaForCausalLM):
         model = cls.from_pretrained(tmp_path / "repo", adapter_kwargs={"subfolder": "inner"})
         same(model, expected, batch(model))
@@ -163,9 +163,10 @@ def test_repos_and_revisions(cls, saved, tmp_path, batch):
     cache, one, two, three = tmp_path / "cache", "1" * 40, "2" * 40, "3" * 40
     into_cache(cache, "me/task", {one: first, two: second}, main=two)
     into_cache(cache, "me/base", {three: base}, main=three)
-    model = cls.from_pretrained("me/task", cache_dir=cache)
+    where = {"cache_dir": cache}  # Auto classes look for an adapter only where adapter_kwargs says
+    model = cls.from_pretrained("me/task", cache_dir=cache, adapter_kwargs=where)
     same(model, new, batch(model))
-    model = cls.from_pretrained("me/task", cache_dir=cache, adapter_kwargs={"revision": one, "cache_dir": cache})
+    model = cls.from_pretrained("me/task", cache_dir=cache, adapter_kwargs={"revision": one, **where})
     same(model, old, batch(model))
 
 
@@ -178,7 +179,7 @@ def test_pipeline(saved, batch):
     tokenizer.save_pretrained(base)
     pipe = pipeline("text-classification", model=str(folder))
     assert pipe.model.lora_names == ("default",)
-    probabilities = expected(**tokenizer("good film", return_tensors="pt")).logits.softmax(-1)[0]
+    probabilities = expected(**tokenizer("good film", return_tensors="pt")).logits.detach().softmax(-1)[0]
     got = pipe("good film", top_k=None)
     assert {x["label"]: pytest.approx(x["score"], abs=1e-5) for x in got} == {
         f"LABEL_{i}": float(p) for i, p in enumerate(probabilities)
@@ -257,7 +258,12 @@ def test_a_lora_that_we_do_not_compute_goes_through_peft(saved, peft, tmp_path, 
     assert "through peft" in caplog.text
     assert "use_dora" in caplog.text
     assert loaded.lora_names == ()
-    same(loaded, theirs, batch(loaded))
+    hf_lora.unregister()
+    try:  # not compared with `theirs`: transformers 5.23 itself loads no DoRA magnitudes
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dora")
+    finally:
+        hf_lora.register()
+    assert torch.equal(loaded(**batch(loaded)).logits, stock(**batch(loaded)).logits)
 
 
 def test_no_base_named(saved):
@@ -338,7 +344,7 @@ METHODS = {
 
 
 def _outcome(model: Any, name: str) -> tuple[type, str]:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever stock raises is the expectation
+    with pytest.raises(Exception) as caught:  # whatever stock raises is what ours has to raise
         getattr(copy.deepcopy(model), name)(**METHODS[name])
     if name == "load_adapter" and not HAVE_PEFT:
         return (type(None), "")  # stock cannot import peft, ours says what is missing

@@ -196,7 +196,7 @@ def test_a_published_adapter_gives_pefts_logits(name: str, corpus: Path, tmp_pat
 
     # What we saved again is the same adapter, to us and to PEFT.
     again = LoRAAdapter.load(tmp_path / "saved")
-    assert again.value.factors.keys() == LoRAAdapter.load(folder, allow_pickle=pickled).value.factors.keys()
+    assert again.factors.keys() == LoRAAdapter.load(folder, allow_pickle=pickled).factors.keys()
     standard = tmp_path / "standard"
     standard.mkdir()
     shutil.copy(folder / "adapter_config.json", standard)

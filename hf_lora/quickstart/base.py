@@ -91,7 +91,6 @@ class GGUFBase:
         return {"pretrained_model_name_or_path": str(self.file.parent), "gguf_file": self.file.name}
 
 
-
 def find_base() -> Base:
     """The Hub's cache, else the Hub where it answers within 3 s, else the installed package.
 
@@ -129,7 +128,9 @@ def _on_hub() -> tuple[Base | None, str]:
         return None, "the Hub was not asked: HF_HUB_OFFLINE is set"
     try:
         metadata = get_hf_file_metadata(hf_hub_url(HUB_ID, "config.json"), timeout=_TIMEOUT)
-    except Exception as error:  # a firewall, a proxy, a captive portal: each fails in its own way, and all mean "not there"
+    except (
+        Exception
+    ) as error:  # a firewall, a proxy, a captive portal: each fails in its own way, and all mean "not there"
         return None, f"the Hub ({constants.ENDPOINT}) did not answer: {type(error).__name__}"
     if not metadata.commit_hash:
         return None, f"{constants.ENDPOINT} answered, but not as a Hub"

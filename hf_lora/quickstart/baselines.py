@@ -52,7 +52,9 @@ def copied_words(train: Sequence[Example], heldout: Sequence[Example], what: str
     return Measured("copied words", rouge=rouge, texts=texts, note=f"“{prefix} …” and {what}" if prefix else what)
 
 
-def token_frequency_losses(prompter: Prompter, train: Sequence[Example], heldout: Sequence[Example]) -> tuple[float, ...]:
+def token_frequency_losses(
+    prompter: Prompter, train: Sequence[Example], heldout: Sequence[Example]
+) -> tuple[float, ...]:
     """The loss of always predicting the training answers' token frequencies (Witten-Bell smoothed): no prompt is read.
 
     p(t) = c(t)/(N+T) for a token seen c(t) times, T/((N+T)(V-T)) for an unseen one; N tokens, T distinct, vocabulary V.

@@ -20,7 +20,15 @@ from pathlib import Path
 from .data import Example, TaskData
 from .problems import DataError
 
-__all__ = ["Function", "collect", "documented_functions", "docstring_task", "module_of", "stdlib_folder", "words_of_name"]
+__all__ = [
+    "Function",
+    "collect",
+    "documented_functions",
+    "docstring_task",
+    "module_of",
+    "stdlib_folder",
+    "words_of_name",
+]
 
 # Folders without library code of their own: tests, a GUI's insides, tables, bundled third-party packages.
 _SKIPPED = frozenset(

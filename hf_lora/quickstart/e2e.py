@@ -84,9 +84,7 @@ def read_rows(file: Path) -> dict[str, tuple[str, ...]]:
                 rows.setdefault(row["mr"].strip(), []).append(" ".join(row["ref"].split()))
     except OSError as error:
         what = f"{file.parent} is not a folder" if not file.parent.is_dir() else f"{file} cannot be read"
-        raise DataError(
-            f"{what} ({error.strerror}).", name="--data", value=str(file.parent), remedy=_REMEDY
-        ) from error
+        raise DataError(f"{what} ({error.strerror}).", name="--data", value=str(file.parent), remedy=_REMEDY) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV file: {error}.", name="--data", value=str(file), remedy=_REMEDY) from error
     return {mr: tuple(refs) for mr, refs in rows.items()}

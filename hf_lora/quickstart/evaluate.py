@@ -16,7 +16,17 @@ from typing import Any
 
 from .data import IGNORED, Example, Prompter, first_line
 
-__all__ = ["Difference", "Measured", "answers", "batches", "collate", "losses", "on_device", "paired_difference", "rouge_l"]
+__all__ = [
+    "Difference",
+    "Measured",
+    "answers",
+    "batches",
+    "collate",
+    "losses",
+    "on_device",
+    "paired_difference",
+    "rouge_l",
+]
 
 _Z = 1.959963985  # the normal distribution's 97.5 % point
 
@@ -128,7 +138,12 @@ Step = Callable[[int], None]  # told how many examples are done
 
 
 def losses(
-    model: Any, prompter: Prompter, examples: Sequence[Example], shots: Sequence[Example] = (), *, step: Step | None = None
+    model: Any,
+    prompter: Prompter,
+    examples: Sequence[Example],
+    shots: Sequence[Example] = (),
+    *,
+    step: Step | None = None,
 ) -> tuple[float, ...]:
     """The loss of every example, without the end token: a model that was never taught to stop is not blamed for it."""
     import torch

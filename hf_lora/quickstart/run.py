@@ -118,9 +118,7 @@ class _Run:
             trained = proofs.probe_logits(model, prompter, data.heldout[:_PROBED])
             del model  # only one model is in memory at a time
             again = bases.load_model(base, config).to(_device())
-            found = proofs.check(
-                again, settings.out / ADAPTER, trained, prompter, data.heldout[:_PROBED]
-            )
+            found = proofs.check(again, settings.out / ADAPTER, trained, prompter, data.heldout[:_PROBED])
         self.record["proofs"] = [asdict(proof) for proof in found]
         self.record["comparisons"] = [{**asdict(c), "better": c.better} for c in compare(self.record)]
         self._write("finished")
@@ -296,7 +294,9 @@ def _report(console: Any, record: dict[str, Any], settings: Settings) -> int:
     report.show_proofs(console, record)
     report.show_before_after(console, record)
     if not lost and not broken:
-        console.print("[bold green]The adapter beats the base and every baseline by more than the error.[/bold green]\n")
+        console.print(
+            "[bold green]The adapter beats the base and every baseline by more than the error.[/bold green]\n"
+        )
     for c in lost:
         console.print(
             f"[bold red]Not shown to be better[/bold red] than {c.name} in {c.metric}: {c.mean:+.3f} ± {c.error:.3f}. "

@@ -48,7 +48,7 @@ class Settings:
         return docstring_task(seed=self.recipe.seed)
 
     def checked(self) -> Settings:
-        """These settings, or `SettingsError`."""
+        """These settings, or `SettingsError`; `DataError` for a folder that is not the task's. Nothing is written yet."""
         if self.task not in TASKS:
             raise SettingsError(
                 f"There is no task {self.task!r}.",
@@ -72,6 +72,8 @@ class Settings:
                 expected="at least 1",
                 remedy="Leave --steps out for the default.",
             )
+        if self.task == "e2e":
+            self.load_data()  # a fraction of a second, and a mistake shows before anything else is done
         return self
 
 

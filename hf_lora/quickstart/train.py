@@ -39,7 +39,9 @@ class Recipe:
 
 def complete_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end."""
-    found = [(int(path.parent.name.rpartition("-")[2]), path.parent) for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    found = [
+        (int(path.parent.name.rpartition("-")[2]), path.parent) for path in folder.glob(f"checkpoint-*/{_COMPLETE}")
+    ]
     return max(found)[1] if found else None
 
 
@@ -51,7 +53,12 @@ def remove_incomplete(folder: Path) -> None:
 
 
 def train(
-    model: Any, prompter: Prompter, data: TaskData, recipe: Recipe, folder: Path, step: Callable[[int, float | None], None]
+    model: Any,
+    prompter: Prompter,
+    data: TaskData,
+    recipe: Recipe,
+    folder: Path,
+    step: Callable[[int, float | None], None],
 ) -> list[dict[str, float]]:
     """Train to `recipe.steps` from the latest complete checkpoint in `folder`, if any; returns the loss by step.
 
@@ -64,7 +71,9 @@ def train(
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             step(state.global_step, None)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        ) -> None:
             step(state.global_step, (logs or {}).get("loss"))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,77 @@
+"""Models that accelerate has dispatched: on several devices, on the CPU and offloaded to disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lora import LoRAConfig, LoRAUnsupportedError
+from loras import logits, with_adapters
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: install hf_lora[test]")
+
+CONFIG = LoRAConfig(r=4, target_modules=["q", "down", "embed_tokens"], alpha=8)
+PLACES = {
+    "cpu": {"": "cpu"},
+    "last layer on disk": {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "disk",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    },
+    "all on disk": {"model": "disk", "lm_head": "disk"},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("first", ["dispatch", "lora"])
+def test_a_dispatched_model_computes_and_trains_the_same(
+    tiny: Any, batch: Any, tmp_path: Any, place: str, first: str
+) -> None:
+    whole = with_adapters(tiny("llama"), {"a": CONFIG})
+    whole.save_lora(tmp_path / "adapter")
+    inputs = batch(whole)
+    expected, base = logits(whole, inputs), logits(tiny("llama"), inputs)
+    model = tiny("llama")
+    if first == "lora":
+        model.load_lora(tmp_path / "adapter", name="a")
+    model = accelerate.dispatch_model(
+        model, PLACES[place], main_device="cpu", offload_dir=tmp_path / "weights", force_hooks=True
+    )
+    if first == "dispatch":
+        model.load_lora(tmp_path / "adapter", name="a")
+    assert torch.equal(logits(model, inputs), expected)
+    with model.no_lora():
+        assert torch.equal(logits(model, inputs), base)
+
+    gradients = []
+    for m in (whole, model):
+        m.train_lora("a")
+        m(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * 5 and gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+    if place != "cpu":
+        with pytest.raises(LoRAUnsupportedError, match="offloaded"):
+            model.merge_lora()
+    model.remove_lora()
+    assert torch.equal(logits(model, inputs), base)
+    assert not any("lora" in type(m).__name__.lower() for m in model.modules())
+
+
+def test_from_pretrained_with_a_device_map(tiny: Any, batch: Any, tmp_path: Any) -> None:
+    model = with_adapters(tiny("llama"), {"a": CONFIG})
+    inputs = batch(model)
+    expected = logits(model, inputs)
+    model.save_lora(tmp_path / "adapter")
+    tiny("llama").save_pretrained(tmp_path / "base")
+    again = type(model).from_pretrained(
+        tmp_path / "base", device_map=PLACES["last layer on disk"], offload_folder=str(tmp_path / "weights")
+    )
+    again.load_lora(tmp_path / "adapter")
+    assert torch.equal(logits(again, inputs), expected)
