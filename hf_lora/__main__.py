@@ -1,23 +1,6 @@
-"""`python -m hf_lora` and the command `hf-lora`, also where the packages that the command needs are not installed."""
+"""`python -m hf_lora` is the command `hf-lora`."""
 
-from __future__ import annotations
-
-import sys
-
-__all__ = ["main"]
-
-
-def main() -> None:
-    """Run the command line, or say what to install for it."""
-    try:
-        from .cli import main as run
-    except ModuleNotFoundError as error:
-        if error.name not in {"typer", "rich", "click"}:
-            raise
-        print(f'The command hf-lora needs {error.name}. Type: pip install "hf_lora[quickstart]"', file=sys.stderr)
-        raise SystemExit(2) from None
-    run()
-
+from .cli import main
 
 if __name__ == "__main__":
     main()

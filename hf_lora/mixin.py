@@ -157,7 +157,7 @@ class LoRAMixin:
 
     def print_lora_summary(self: Any) -> None:
         """Print targets, trainable share, bytes, and what did not match."""
-        print(summary.summarise(self))
+        print(summary.summarise(self))  # noqa: T201  # printing is what it is for
 
     @property
     def lora_names(self: Any) -> tuple[str, ...]:

@@ -6,8 +6,7 @@ Whatever puts an adapter goes through `put`, which checks everything before it t
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +15,12 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRAStateError, LoRAUnsupportedError
-from .layers import (
-    BIAS_ADDED,
-    LoRABias,
-    LoRAEmbedding,
-    LoRAHead,
-    LoRAHeads,
-    LoRALinear,
-    LoRASlots,
-    Slot,
-    Swapped,
-    block_index,
-    restore,
-    swap,
-)
+from .fitting import Plan, head_problems, make_plan
+from .initial import initial_value
+from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
+from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState
-from .targeting import LayerInfo, Resolution, describe_layer, inner_paths, resolve
+from .targeting import LayerInfo, Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of
 
@@ -106,7 +95,7 @@ def add(
         config = LoRAConfig.from_peft(config)
     config.require_supported(constructing=True)
     found = resolve(model, config)
-    value = _initial(model, config, found)
+    value = initial_value(model, config, found)
     put(model, value, name, trainable=trainable, replace=replace, active=False)
     state = require(model)
     entry = state.entry(name)
@@ -116,75 +105,6 @@ def add(
     if active:
         state.default = Active(((entry, 1.0),))
     return found
-
-
-def _initial(model: nn.Module, config: LoRAConfig, found: Resolution) -> AdapterValue:
-    factors, modules = {}, dict(model.named_modules())
-    for target in found.targets:
-        module = modules[target.path]
-        dtype = torch.promote_types(compute_dtype(module, model), torch.float32)
-        # A tensor on meta has no values: factors of a meta model are made on meta, to be filled with the base.
-        device = torch.device("meta") if device_of(module).type == "meta" else torch.device("cpu")
-        embedding = target.info.kind == "embedding"
-        n, r = max(len(target.blocks), 1), target.rank
-        A = torch.empty(n * r, target.info.in_features, dtype=dtype, device=device)
-        B = torch.zeros(target.info.out_features, n * r, dtype=dtype, device=device)
-        blocks = tuple(Block(role, rows) for role, rows in target.blocks)
-        for i in range(n):
-            rows = blocks[i].index(device) if blocks else torch.arange(target.info.out_features, device=device)
-            part = torch.zeros(len(rows), r, dtype=dtype, device=device)
-            _initialise(A[i * r : (i + 1) * r], part, config.init, embedding)
-            B[rows, i * r : (i + 1) * r] = part
-        alpha = target.alpha * (math.sqrt(n) if config.use_rslora else n)
-        kind = "embedding" if embedding else "linear"
-        factors[target.path] = Factors(kind, A, B, alpha, config.use_rslora, blocks)  # type: ignore[arg-type]
-    biases = {
-        path: parameter.detach().cpu().clone() for path, parameter in _biases(model, config, set(factors), found.heads)
-    }
-    heads = {
-        path: {k: v.detach().cpu().clone() for k, v in modules[path].state_dict().items()} for path in found.heads
-    }
-    if any(target.info.kind == "conv1d" for target in found.targets):
-        config = config.replace(fan_in_fan_out=True)
-    if config.base_model is None:
-        config = config.replace(base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None)
-    return AdapterValue(config, factors, biases, heads)
-
-
-def _initialise(A: Tensor, B: Tensor, how: str, embedding: bool) -> None:
-    """A (r, in) random and B (out, r) zero, as the paper; of an embedding A is zero and B normal, as in loralib."""
-    if embedding:
-        nn.init.normal_(B)
-        nn.init.normal_(A) if how == "off" else nn.init.zeros_(A)
-        return
-    if how == "gaussian":
-        nn.init.normal_(A, std=1 / A.shape[0])
-    else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    if how == "off":
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-
-
-def _biases(
-    model: nn.Module, config: LoRAConfig, targets: set[str], heads: Iterable[str]
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """The bias vectors that the config trains, one name each."""
-    if config.bias == "none":
-        return
-    modules, seen = dict(model.named_modules()), set()
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, leaf = path.rpartition(".")
-        if leaf != "bias" or id(parameter) in seen or any(f"{owner}.".startswith(f"{head}.") for head in heads):
-            continue
-        wanted = owner in targets if config.bias == "lora_only" else _adds_bias(modules[owner])
-        if wanted:
-            seen.add(id(parameter))
-            yield path, parameter
-
-
-def _adds_bias(module: nn.Module) -> bool:
-    info = describe_layer(module)
-    return isinstance(module, BIAS_ADDED) or (info is not None and info.kind != "embedding")
 
 
 # ---- putting ---------------------------------------------------------------------------------------------------------
@@ -215,9 +135,7 @@ def put(
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
     if not isinstance(name, str) or not name:
-        raise LoRANameError(
-            f"{name!r} is no name for an adapter.", value=name, expected="a string that is not empty"
-        )
+        raise LoRANameError(f"{name!r} is no name for an adapter.", value=name, expected="a string that is not empty")
     value.config.require_supported()
     _refuse_sharded(model)
     state = state_of(model)
@@ -235,7 +153,7 @@ def put(
                 value=name,
                 remedy="Choose another name, remove_lora() it, or pass replace=True.",
             )
-    plan = _plan(model, value, state, complete)
+    plan = make_plan(model, value, state, complete)
     fresh = state is None
     state = _attach(model) if state is None else state
     with state.lock:
@@ -259,134 +177,7 @@ def put(
             state.default = Active(((entry, 1.0),))
 
 
-@dataclass
-class _Plan:
-    """What `put` found in the model for each path of the value."""
-
-    modules: dict[str, nn.Module]
-    infos: dict[str, LayerInfo]
-    inner: frozenset[str]
-
-
-def _plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, complete: bool = False) -> _Plan:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    infos: dict[str, LayerInfo] = {}
-    problems: list[str] = []
-    heads = {h for e in (state.entries.values() if state else ()) for h in e.record.heads}
-    for path, factors in value.factors.items():
-        module = modules.get(path)
-        if module is None:
-            problems.append(f"{path}: the model has no such module")
-            continue
-        if path in heads:
-            problems.append(f"{path}: another adapter on this model trains it whole (modules_to_save)")
-            continue
-        info = describe_layer(module)
-        if info is None:
-            problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
-            continue
-        kind = "embedding" if info.kind == "embedding" else "linear"
-        want, got = (info.in_features, info.out_features), (factors.in_features, factors.out_features)
-        if kind != factors.kind:
-            problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
-        elif want != got:
-            problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
-        infos[path] = info
-    for path, bias in value.biases.items():
-        owner = modules.get(path.rpartition(".")[0])
-        own = getattr(owner, "bias", None)
-        if owner is None or not isinstance(own, Tensor):
-            problems.append(f"{path}: the model has no such bias")
-        elif own.shape != bias.shape:
-            problems.append(f"{path}: {tuple(bias.shape)}, the model's is {tuple(own.shape)}")
-        elif not _adds_bias(owner):
-            problems.append(f"{path}: the bias of a {type(owner).__name__} cannot be adapted")
-    for path, tensors in value.modules.items():
-        problems += _head_problems(path, modules.get(path), tensors)
-    for path, copied in value.embeddings.items():
-        problems += _embedding_problems(path, modules.get(path.rpartition(".")[0]), copied)
-    for tensor_path, tensor in _tensors(value):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{tensor_path}: holds NaN or infinite values")
-    if complete and not problems:
-        problems += _missing(model, value)
-    if problems:
-        raise LoRAMismatchError(
-            f"The adapter does not fit this {type(model).__name__}: {len(problems)} problem(s). Nothing was loaded.",
-            value=type(model).__name__,
-            expected=value.config.base_model,
-            remedy=_remedy(value, modules),
-            facts=problems,
-        )
-    return _Plan(modules, infos, frozenset(inner_paths(model, value.factors)))
-
-
-def _missing(model: nn.Module, value: AdapterValue) -> list[str]:
-    """What the config names on this model and the file does not hold."""
-    found = resolve(model, value.config, from_file=True)
-    targets = [target.path for target in found.targets if target.path not in value.factors]
-    return [f"{path}: the config names it, the file has no factors for it" for path in targets] + [
-        f"{path}: the config names it (modules_to_save), the file does not hold it"
-        for path in found.heads
-        if path not in value.modules
-    ]
-
-
-def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:
-    for path, factors in value.factors.items():
-        yield f"{path}.A", factors.A
-        yield f"{path}.B", factors.B
-    yield from value.biases.items()
-    for path, tensors in value.modules.items():
-        yield from ((f"{path}.{key}", tensor) for key, tensor in tensors.items())
-
-
-def _head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Tensor]) -> list[str]:
-    if module is None:
-        return [f"{path}: the model has no such module (a head of another class of model?)"]
-    if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
-        return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
-    own = _own_state(module)
-    problems = [f"{path}.{key}: not in the adapter" for key in own.keys() - tensors.keys()]
-    problems += [f"{path}.{key}: not in the model" for key in tensors.keys() - own.keys()]
-    for key in own.keys() & tensors.keys():
-        if own[key].shape != tensors[key].shape:
-            problems.append(f"{path}.{key}: {tuple(tensors[key].shape)}, the model's is {tuple(own[key].shape)}")
-    return sorted(problems)
-
-
-def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor) -> list[str]:
-    # PEFT copies a base embedding into the file. It must be this base's, or the outputs would not be the adapter's.
-    own = getattr(module, "weight", None)
-    if not isinstance(own, Tensor):
-        return [f"{path}: the model has no such embedding"]
-    if own.shape != copied.shape:
-        return [f"{path}: the file's copy is {tuple(copied.shape)}, the model's {tuple(own.shape)} (tokens added?)"]
-    if own.is_meta or torch.equal(own.detach().cpu(), copied.to(own.dtype).cpu()):
-        return []
-    return [f"{path}: the file carries an embedding that differs from this base's, so it was made on another base"]
-
-
-def _own_state(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict().items() if not k.startswith(("lora_heads.", "lora_slots."))}
-
-
-def _remedy(value: AdapterValue, modules: Mapping[str, nn.Module]) -> str:
-    """Say which base it wants; where the paths only lack or carry a prefix, say that."""
-    path = next(iter(value.factors))
-    longer = next((m for m in modules if m.endswith(f".{path}")), None)
-    shorter = next((m for m in modules if m and path.endswith(f".{m}") and describe_layer(modules[m])), None)
-    if path not in modules and longer:
-        prefix = longer.removesuffix(path)
-        return f"Its paths lack {prefix!r}: it was made on the model inside this one; load it into that ({prefix[:-1]})."
-    if path not in modules and shorter:
-        prefix = path.removesuffix(shorter)
-        return f"Its paths begin with {prefix!r}: it was made on a model with a head around this one; load it there."
-    base = value.config.base_model
-    return f"Load it into the base it was made on: {base!r}." if base else "Load it into the base it was made on."
-
-
-def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: _Plan) -> None:
+def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> None:
     for path, factors in value.factors.items():
         module, info = plan.modules[path], plan.infos[path]
         slots = _slots(model, state, module, path, info, path in plan.inner)
@@ -414,7 +205,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
         if owner in value.factors:
             continue
         module = plan.modules[owner]
-        slots = _slots(model, state, module, owner, None, False)
+        slots = _slots(model, state, module, owner, describe_layer(module), owner in plan.inner)
         slot = Slot(trainable=entry.trainable, bias=True)
         if entry.trainable:
             slots.put_trainable(entry.slot, slot, None, None, _master(bias))
@@ -452,19 +243,13 @@ def _slots(
 ) -> LoRASlots:
     """The module's slots; its class is swapped and they are made if it has none."""
     if isinstance(module, LoRALinear):
-        if info is not None and module.lora_slots.kind == "bias":
-            raise LoRAUnsupportedError(
-                f"{path}: an adapter on this model trains only its bias; factors cannot join it.",
-                name=path,
-                remedy="Load this adapter first.",
-            )
         return module.lora_slots
+    own = getattr(module, "bias", None)
+    sizes = (0, own.numel() if own is not None else 0) if info is None else (info.in_features, info.out_features)
     kind = "bias" if info is None else "embedding" if info.kind == "embedding" else "linear"
-    sizes = (0, module.bias.numel()) if info is None else (info.in_features, info.out_features)  # type: ignore[operator,union-attr]
     mixin = {"bias": LoRABias, "embedding": LoRAEmbedding, "linear": LoRALinear}[kind]
-    slots = LoRASlots(
-        state, kind, *sizes, device=device_of(module), dtype=compute_dtype(module, model), inner=inner
-    )  # fmt: skip
+    dtype = compute_dtype(module, model)
+    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, inner=inner)
     slots.train(module.training)
     swap(module, mixin, path)
     module.lora_slots = slots
@@ -569,7 +354,7 @@ def refill(model: nn.Module, name: str, value: AdapterValue) -> None:
         problems += [f"{path}: only on the model" for path in a - b] + [f"{path}: only in the file" for path in b - a]
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in value.modules:
-        problems += _head_problems(path, modules.get(path), value.modules[path])
+        problems += head_problems(path, modules.get(path), value.modules[path])
     if problems:
         raise LoRAMismatchError(
             f"The file is not of the adapter {name!r} on this model: {len(problems)} problem(s). Nothing was loaded.",
@@ -582,7 +367,7 @@ def refill(model: nn.Module, name: str, value: AdapterValue) -> None:
         return
     with torch.no_grad():
         for path, factors in value.factors.items():
-            slots: LoRASlots = modules[path].lora_slots  # type: ignore[assignment]
+            slots: LoRASlots = modules[path].lora_slots
             slot, B = slots.slots[entry.slot], factors.B
             if slot.blocks:
                 rows, columns = block_index(slot.blocks, slot.rank)
@@ -591,9 +376,9 @@ def refill(model: nn.Module, name: str, value: AdapterValue) -> None:
             slots.get_parameter(f"B{entry.slot}").copy_(B)
         for path, bias in value.biases.items():
             owner = modules[path.rpartition(".")[0]]
-            owner.lora_slots.get_parameter(f"bias{entry.slot}").copy_(bias)  # type: ignore[union-attr]
+            owner.lora_slots.get_parameter(f"bias{entry.slot}").copy_(bias)
         for path, tensors in value.modules.items():
-            modules[path].lora_heads.copies[str(entry.slot)].load_state_dict(dict(tensors))  # type: ignore[union-attr,index]
+            modules[path].lora_heads.copies[str(entry.slot)].load_state_dict(dict(tensors))
 
 
 def train(model: nn.Module, names: Iterable[str]) -> None:
@@ -615,7 +400,7 @@ def train(model: nn.Module, names: Iterable[str]) -> None:
 
 def _convert(model: nn.Module, state: LoRAState, entry: Entry) -> None:
     value = read(model, entry.name)
-    plan = _plan(model, value, None)
+    plan = make_plan(model, value, None)
     resident: Resident = entry.record
     entry.trainable = not entry.trainable
     _write(model, state, entry, value, plan)

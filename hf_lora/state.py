@@ -1,11 +1,11 @@
 """Which adapters are active on a model: one small object that every adapted layer reads.
 
-Switching, disabling and routing change only this state, so they cost the same whatever the number of layers or adapters.
-`set_lora` sets the model's default; `use_lora`, `no_lora` and `route_lora` override it for the current call chain, through
-one ContextVar, so that two threads or two asyncio tasks never see each other's choice.
+Switching, disabling and routing change only this state, so they cost the same whatever the number of layers or
+adapters. `set_lora` sets the model's default; `use_lora`, `no_lora` and `route_lora` override it for the current call
+chain, through one ContextVar, so that two threads or two asyncio tasks never see each other's choice.
 
-Under `torch.compile` a ContextVar cannot be read inside the graph. There an opaque operator, `hf_lora::active`, reads it
-when the graph runs and returns slots and weights as tensors: one graph serves every switch, weight and route.
+Under `torch.compile` a ContextVar cannot be read inside the graph. There an opaque operator, `hf_lora::active`, reads
+it when the graph runs and returns slots and weights as tensors: one graph serves every switch, weight and route.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .errors import LoRANameError, LoRARouteError, LoRAStateError
 
-__all__ = ["Active", "Entry", "LoRAState", "NOTHING", "active_rows"]
+__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows"]
 
 _OVERRIDES: ContextVar[Mapping[int, Active]] = ContextVar("hf_lora_overrides", default=MappingProxyType({}))
 _STATES: weakref.WeakValueDictionary[int, LoRAState] = weakref.WeakValueDictionary()
@@ -43,6 +43,7 @@ class Entry:
     alive: bool = True
 
     def check(self) -> Entry:
+        """This entry. Raises `LoRAStateError` if the adapter was removed."""
         if not self.alive:
             raise LoRAStateError(
                 f"Adapter {self.name!r} was removed while a call was using it.",

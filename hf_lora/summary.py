@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .model import require
+from .slots import LoRASlots
 from .switching import described
 from .targeting import roles_of
 from .values import AdapterValue
@@ -50,9 +51,9 @@ class Summary:
         return self.trainable / max(self.base_parameters, 1)
 
     def __str__(self) -> str:
+        share = f"{self.trainable:,} trainable ({self.trainable_share:.3%})"
         lines = [
-            f"{self.model}: {self.base_parameters:,} base parameters ({_size(self.base_nbytes)}), "
-            f"{self.trainable:,} trainable ({self.trainable_share:.3%})",
+            f"{self.model}: {self.base_parameters:,} base parameters ({_size(self.base_nbytes)}), {share}",
             f"active: {self.active!r}" + (f"   merged: {self.merged!r}" if self.merged else ""),
         ]
         for a in self.adapters:
@@ -82,7 +83,8 @@ def summarise(model: nn.Module) -> Summary:
         ranks, counts = set(), Counter[str]()
         sizes = _sizes(model, entry.slot, resident.value, entry.trainable, resident.layers)
         for path in resident.layers:
-            slot = model.get_submodule(path).lora_slots.slots[entry.slot]  # type: ignore[union-attr,index]
+            slots: LoRASlots = model.get_submodule(path).lora_slots  # type: ignore[assignment]
+            slot = slots.slots[entry.slot]
             ranks.add(slot.rank // max(len(slot.blocks), 1))
             names = [role for role, _ in slot.blocks] or roles.get(path) or (path.rpartition(".")[2],)
             for role in names if slot.blocks else ["+".join(names)]:

@@ -35,7 +35,9 @@ def selection(state: LoRAState, which: Which) -> Active:
         pairs = [(name, 1.0) for name in which]
     else:
         raise LoRANameError(
-            f"{which!r} names no adapters.", value=which, expected="a name, names, a mapping of names to weights, or None"
+            f"{which!r} names no adapters.",
+            value=which,
+            expected="a name, names, a mapping of names to weights, or None",
         )
     mixture: list[tuple[Entry, float]] = []
     for name, weight in pairs:
@@ -53,7 +55,8 @@ def selection(state: LoRAState, which: Which) -> Active:
     whole = [entry.name for entry, _ in mixture if entry.record.whole]
     if whole and (len(mixture) > 1 or mixture[0][1] != 1):
         raise LoRAStateError(
-            f"{', '.join(map(repr, whole))} cannot be mixed or scaled: it replaces a head or biases, and only factors add up.",
+            f"{', '.join(map(repr, whole))} cannot be mixed or scaled: it replaces a head or biases, and only "
+            "factors add up.",
             name=whole[0],
             value=which,
             remedy="Use it alone, with weight 1.",

@@ -1,8 +1,8 @@
 """Read and write a base layer's weight: dense and Conv1D; exact merges.
 
-A merge writes W' = round(W + ΔW) and keeps what rounding moved: one bit for each weight whose W' − ΔW does not round back
-to W, and that weight's own bits. So `unmerge` restores every bit without a second copy of the weights. Records compare
-integer views (a float comparison would miss −0.0), and carry checksums of both states.
+A merge writes W' = round(W + ΔW) and keeps what rounding moved: one bit for each weight whose W' − ΔW does not round
+back to W, and that weight's own bits. So `unmerge` restores every bit without a second copy of the weights. Records
+compare integer views (a float comparison would miss −0.0), and carry checksums of both states.
 """
 
 from __future__ import annotations

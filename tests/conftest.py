@@ -117,7 +117,10 @@ def _isolated() -> Iterator[None]:
     state = sys.modules.get("hf_lora.state")
     if state is not None:
         assert not state._OVERRIDES.get(), "the test left a use_lora, no_lora or route_lora open"
-    left = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
+    left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
+    for thread in left:
+        thread.join(timeout=10)  # an executor of transformers' loading may be just about to end
+    left = [t for t in left if t.is_alive()]
     assert not left, f"the test left threads running: {left}"
     assert flags is None or _registered() == flags, "the test left hf_lora registered otherwise than it found it"
 

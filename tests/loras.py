@@ -8,7 +8,9 @@ import torch
 
 
 def randomise(model: Any, seed: int = 0, scale: float = 0.2) -> None:
-    """Fill every trainable factor, bias and head of a model's adapters with random values, so that each has an effect."""
+    """Fill every trainable factor, bias and head of a model's adapters with random values, so that each has an
+    effect.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_slots." in name or ".lora_heads." in name:

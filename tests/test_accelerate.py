@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from loras import logits, with_adapters
 
 from hf_lora import LoRAConfig, LoRAUnsupportedError
-from loras import logits, with_adapters
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: install hf_lora[test]")
 
@@ -53,7 +53,8 @@ def test_a_dispatched_model_computes_and_trains_the_same(
         m.train_lora("a")
         m(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
-    assert len(gradients[0]) == 2 * 5 and gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == 2 * 5
+    assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
     if place != "cpu":

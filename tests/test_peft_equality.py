@@ -1,4 +1,6 @@
-"""What we save PEFT loads, what PEFT saves we load, with equal logits: every layer kind, bias, pattern, head, slice, dtype."""
+"""What we save PEFT loads, what PEFT saves we load, with equal logits: every layer kind, bias, pattern, head, slice,
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bias all, vit": ("vit-cls", {"target_modules": ["q_proj", "v_proj"], "bias": "all"}),
     "bias lora_only, conv1d": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True}),
     "bias all and head": ("bert-cls", {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
-    "rank_pattern": ("llama", {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 5}}),
+    "rank_pattern": (
+        "llama",
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 5}},
+    ),
     "alpha_pattern": ("llama", {"target_modules": ["q_proj", "o_proj"], "alpha_pattern": {"o_proj": 40}}),
     "both patterns, rslora": (
         "llama",
@@ -57,7 +62,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "TOKEN_CLS bert": ("bert-token", {"target_modules": ["query", "value"], "task_type": "TOKEN_CLS"}),
     "layers_to_transform": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
     "layers_pattern": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "h"}),
-    "exclude_modules": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    "exclude_modules": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    ),
     "exclude regex": ("llama", {"target_modules": "all-linear", "exclude_modules": r".*mlp\.(up|down)_proj"}),
     "regex": ("llama", {"target_modules": r".*\.layers\.1\.self_attn\.(q|k|o)_proj"}),
     "all-linear": ("qwen3", {"target_modules": "all-linear"}),
@@ -134,7 +142,11 @@ def test_what_peft_saves_we_load(case: str, peft: Any, tmp_path: Path) -> None:
     model.save_lora(tmp_path / "again", "trainable")
     mine = load_file(str(tmp_path / "again" / "adapter_model.safetensors"))
     original = load_file(str(tmp_path / "adapter_model.safetensors"))
-    copies = {key for key in original if key.endswith(".base_layer.weight") or "modules_to_save" in key or "original_module" in key}
+    copies = {
+        key
+        for key in original
+        if key.endswith(".base_layer.weight") or "modules_to_save" in key or "original_module" in key
+    }
     assert mine.keys() - copies == original.keys() - copies
     assert all(same_bits(mine[key], original[key]) for key in mine.keys() - copies)
     assert_close(peft_logits(peft, build(family), tmp_path / "again", batch), theirs, what="PEFT, saved again")
@@ -142,7 +154,9 @@ def test_what_peft_saves_we_load(case: str, peft: Any, tmp_path: Path) -> None:
     before.assert_same(model)
 
 
-@pytest.mark.parametrize("case", ["linear", "conv1d", "embedding", "tied embedding", "bias all", "both patterns, rslora", "SEQ_CLS bert"])
+@pytest.mark.parametrize(
+    "case", ["linear", "conv1d", "embedding", "tied embedding", "bias all", "both patterns, rslora", "SEQ_CLS bert"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_both_directions_on_a_base_of_another_dtype(case: str, dtype: torch.dtype, peft: Any, tmp_path: Path) -> None:
     family, fields = CASES[case]

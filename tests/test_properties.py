@@ -1,4 +1,6 @@
-"""add → forward → save → load → switch → merge → remove, over random models, targets, ranks and dtypes, in float64 by hand."""
+"""add → forward → save → load → switch → merge → remove, over random models, targets, ranks and dtypes, in float64
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -110,24 +112,31 @@ def live(family: str, config: LoRAConfig, dtype: torch.dtype, seed: int, folder:
     model.save_lora(folder / "task", "new")
     oracle = merged(base, folder / "task")
     expected = logits(oracle, batch)
-    if dtype in (torch.float32, torch.float64):
+    exact = dtype in (torch.float32, torch.float64)
+    # In half precision nothing can be nearer to the truth than the merged model itself, rounded to that dtype.
+    least = 0.0 if exact else 4 * error(logits(oracle.to(dtype), batch), expected)
+
+    def close(found: Tensor, wanted: Tensor, what: str) -> None:
+        assert_close(found, wanted, dtype, what, least)
+
+    if exact:
         assert_apart(expected, plain, dtype, "the adapter's effect")
-    assert_close(trained, expected, dtype, "trainable")
+    close(trained, expected, "trainable")
 
     name = model.load_lora(folder / "task", name="org/frozen")
     assert (name, model.active_lora) == ("org/frozen", "new")
     with model.use_lora(name):
-        assert_close(logits(model, batch), expected, dtype, "use_lora")
+        close(logits(model, batch), expected, "use_lora")
     with model.no_lora():
         assert torch.equal(logits(model, batch), plain), "no_lora is the base"
     model.set_lora(name)
     frozen = logits(model, batch)
-    assert_close(frozen, expected, dtype, "set_lora")
+    close(frozen, expected, "set_lora")
     with model.route_lora(["new", None, name]):
         routed = logits(model, batch)
-    assert_close(routed[:1], expected[:1], dtype, "routed, trainable")
-    assert_close(routed[1:2], plain[1:2], dtype, "routed, base")
-    assert_close(routed[2:], expected[2:], dtype, "routed, frozen")
+    close(routed[:1], expected[:1], "routed, trainable")
+    close(routed[1:2], plain[1:2], "routed, base")
+    close(routed[2:], expected[2:], "routed, frozen")
 
     if tied(model, config, folder / "task"):
         with pytest.raises(LoRAUnsupportedError, match="tied"):
@@ -135,7 +144,7 @@ def live(family: str, config: LoRAConfig, dtype: torch.dtype, seed: int, folder:
     else:
         for which in ("new", name):
             model.merge_lora(which)
-            assert_close(logits(model, batch), expected, dtype, "merged")
+            close(logits(model, batch), expected, "merged")
             model.unmerge_lora()
             before.assert_weights(model)
     assert torch.equal(logits(model, batch), frozen)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from loras import logits, randomise, with_adapters
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_lora import LoRAConfig, LoRAStateError
-from loras import logits, randomise, with_adapters
 
 CONFIGS = {
     "a": LoRAConfig(r=2, target_modules=["q", "v"], alpha=6),
@@ -113,7 +113,7 @@ def gradients(model: Any, forward: Any, inputs: Any, which: Any, *, elsewhere: b
         try:
             with model.use_lora("c"):
                 loss.backward()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again by the caller
             failures.append(error)
 
     if elsewhere:
@@ -170,7 +170,8 @@ def test_a_routed_recompute_trains_each_row_with_its_own(tiny: Any, batch: Any, 
         loss.backward()
     expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert expected.keys() == found.keys() and expected
+    assert expected.keys() == found.keys()
+    assert expected
     for name in expected:
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-9, name
 
@@ -295,4 +296,5 @@ def test_removing_an_adapter_in_use_elsewhere_is_an_error_there(model: Any, inpu
     model.load_lora(model.lora_adapter("a"), name="d")  # takes the freed slot: the thread must not compute with it
     removed.set()
     thread.join()
-    assert len(errors) == 1 and "'c' was removed" in str(errors[0])
+    assert len(errors) == 1
+    assert "'c' was removed" in str(errors[0])

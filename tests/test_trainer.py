@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from loras import bits, with_adapters
 
 from hf_lora import LoRAConfig, LoRAFileError, LoRAMismatchError
-from loras import bits, with_adapters
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: install hf_lora[test]")
 

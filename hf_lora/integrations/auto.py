@@ -56,6 +56,9 @@ def _checked(find: Callable[..., str | None]) -> Callable[..., str | None]:
     @functools.wraps(find)
     def find_adapter_config_file(model_id: Any, *args: Any, **kwargs: Any) -> str | None:
         found = find(model_id, *args, **adapters.without_own(kwargs))
+        if found is None and kwargs.get("subfolder"):  # transformers 5.0 knows subfolders of repos alone
+            local = os.path.join(model_id, kwargs["subfolder"], store.CONFIG_NAME)
+            found = local if os.path.isfile(local) else None
         if found is None:
             return None
         try:

@@ -26,6 +26,7 @@ class BoundCheckpoint:
         self.function, self.state = function, state
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `run(*args)` checkpointed."""
         if not torch.compiler.is_compiling():
             return self.function(self.state.bind(run), *args, **kwargs)
         # In a graph the region's inputs are what its recompute sees again: read the state before the region.

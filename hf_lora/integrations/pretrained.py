@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAStateError, LoRAUnsupportedError
-from ..layers import LoRAHeads, LoRASlots
+from ..layers import LoRAHeads
 from ..loading import save_checkpoint
 from ..model import put, read, remove, state_of
+from ..slots import LoRASlots
 from ..state import Active
 from ..values import AdapterValue
 from .checkpointing import bind_checkpoints, unbind_checkpoints

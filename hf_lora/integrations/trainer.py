@@ -1,8 +1,8 @@
 """The stock Trainer: resume and load-best for a model with our LoRA.
 
-`Trainer._save` calls `model.save_pretrained`, which writes the adapters alone. What stock Trainer cannot do is read them
-back: `_load_from_checkpoint` finds no index, `_load_best_model` no pytorch_model.bin. Both are private; for a model
-without our LoRA they are called through.
+`Trainer._save` calls `model.save_pretrained`, which writes the adapters alone. What stock Trainer cannot do is read
+them back: `_load_from_checkpoint` finds no index, `_load_best_model` no pytorch_model.bin. Both are private; for a
+model without our LoRA they are called through.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def install(registry: Registry) -> None:
 
 
 def _wrap(registry: Registry, module: ModuleType) -> None:
-    trainer: Any = module.Trainer  # type: ignore[attr-defined]
+    trainer: Any = module.Trainer
     resume, best = trainer._load_from_checkpoint, trainer._load_best_model
 
     @functools.wraps(resume)

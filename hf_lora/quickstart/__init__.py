@@ -1,4 +1,4 @@
-"""`hf-lora quickstart`: a LoRA trained, measured, saved, loaded and merged on real data, in minutes, on a laptop's CPU."""
+"""`hf-lora quickstart`: a LoRA trained, measured, saved, loaded and merged on real data, in minutes, on a CPU."""
 
 from .run import Interrupted, journey
 from .settings import Settings

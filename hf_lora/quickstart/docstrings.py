@@ -1,7 +1,7 @@
 """The default task's data: the one-line docstring of a Python function, from the standard library on this machine.
 
-Nothing is imported or executed: every file is read as text and parsed. Whole modules are held out, so that no function of
-a held-out module is ever trained on.
+Nothing is imported or executed: every file is read as text and parsed. Whole modules are held out, so that no
+function of a held-out module is ever trained on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .problems import DataError
 __all__ = [
     "Function",
     "collect",
-    "documented_functions",
     "docstring_task",
+    "documented_functions",
     "module_of",
     "stdlib_folder",
     "words_of_name",
@@ -32,8 +32,23 @@ __all__ = [
 
 # Folders without library code of their own: tests, a GUI's insides, tables, bundled third-party packages.
 _SKIPPED = frozenset(
-    "__pycache__ test tests idle_test idlelib lib2to3 site-packages dist-packages ensurepip turtledemo pydoc_data "
-    "encodings msilib lib-dynload __phello__".split()
+    [
+        "__pycache__",
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "ensurepip",
+        "turtledemo",
+        "pydoc_data",
+        "encodings",
+        "msilib",
+        "lib-dynload",
+        "__phello__",
+    ]
 )
 _WORDS = (3, 16)  # a docstring shorter than this says nothing, a longer one does not fit a line
 _BODY_CHARS = 2000  # longer functions say more than the prompt can hold
@@ -97,15 +112,17 @@ def documented_functions(text: str, module: str) -> Iterator[Function]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         summary = _summary(node)
-        if summary is None or len(node.body) < 2 or (node.name.startswith("__") and node.name.endswith("__")):
+        if summary is None or _is_stub(node) or (node.name.startswith("__") and node.name.endswith("__")):
             continue
         source = ast.unparse(_without_docstrings(node))
         if len(source) <= _BODY_CHARS:
             yield Function(module, node.name, source, summary)
 
 
-def docstring_task(*, seed: int = 0, train: int = 640, heldout: int = 72, root: Path | None = None) -> TaskData:
-    """The task from the functions of `root`: at most `train` examples to learn from and `heldout` from other modules."""
+def docstring_task(*, seed: int = 0, train: int = 640, heldout: int = 96, root: Path | None = None) -> TaskData:
+    """The task from the functions of `root`: at most `train` examples to learn from and `heldout` from other
+    modules.
+    """
     functions = collect(root)
     by_module: dict[str, list[Function]] = {}
     for function in functions:
@@ -114,8 +131,9 @@ def docstring_task(*, seed: int = 0, train: int = 640, heldout: int = 72, root: 
     order = sorted(by_module)
     rng.shuffle(order)
     # At most a quarter of the functions may leave for the evaluation.
-    wanted, away, measured = min(heldout, len(functions) // 4), 0, []
-    held_modules = []
+    wanted = min(heldout, len(functions) // 4)
+    measured: list[Function] = []
+    held_modules: list[str] = []
     for module in order:
         if len(measured) >= wanted:
             break
@@ -124,7 +142,6 @@ def docstring_task(*, seed: int = 0, train: int = 640, heldout: int = 72, root: 
         chosen = rng.sample(by_module[module], min(_PER_MODULE, len(by_module[module])))
         measured += chosen[: wanted - len(measured)]
         held_modules.append(module)
-        away += len(by_module[module])
     held = set(held_modules)
     learned = [function for function in functions if function.module not in held]
     rng.shuffle(learned)
@@ -191,6 +208,15 @@ def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
     if re.match(r"\W*[\w.]+\(", summary) or ">>>" in summary or summary.endswith(":"):
         return None  # a signature, an example, the head of a list
     return summary
+
+
+def _is_stub(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Nothing behind the docstring but `pass`, `...` or `raise`: the name would be all there is to go by."""
+    return all(
+        isinstance(statement, ast.Pass | ast.Raise)
+        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        for statement in node.body[1:]
+    )
 
 
 class _Strip(ast.NodeTransformer):

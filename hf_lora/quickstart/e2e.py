@@ -1,7 +1,7 @@
 """The E2E task's data: a restaurant's attributes in, a description out (Novikova et al., 2017).
 
-Learns from devset.csv and is measured on testset_w_refs.csv, both of the published data set (columns `mr`, `ref`). What is
-held out is the meaning representation: none of the measured ones occurs in the training file.
+Learns from devset.csv and is measured on testset_w_refs.csv, both of the published data set (columns `mr`, `ref`).
+What is held out is the meaning representation: none of the measured ones occurs in the training file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def e2e_task(folder: Path | None, *, seed: int = 0, train: int = 640, heldout: i
     held = rng.sample(unseen, min(heldout, len(unseen)))
     if len(chosen) < 2 or len(held) < 2:
         raise DataError(
-            f"{folder} leaves {len(chosen)} examples to learn from and {len(held)} meaning representations to measure on.",
+            f"{folder} leaves {len(chosen)} examples to learn from and {len(held)} meaning representations to "
+            "measure on.",
             name="--data",
             value=str(folder),
             expected="at least two of each, with no meaning representation in both files",

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,7 @@ from typing import Any
 
 from .data import IGNORED, Example, Prompter, first_line
 
-__all__ = [
-    "Difference",
-    "Measured",
-    "answers",
-    "batches",
-    "collate",
-    "losses",
-    "on_device",
-    "paired_difference",
-    "rouge_l",
-]
+__all__ = ["Difference", "Measured", "batches", "collate", "measure", "on_device", "paired_difference", "rouge_l"]
 
 _Z = 1.959963985  # the normal distribution's 97.5 % point
 
@@ -42,6 +33,7 @@ class Measured:
     note: str = ""
 
     def mean(self, metric: str) -> float | None:
+        """Over the examples; None where there is none."""
         values = getattr(self, metric)
         return None if values is None else fmean(values)
 
@@ -59,14 +51,14 @@ class Difference:
         return self.mean > self.error
 
 
-def paired_difference(better: Sequence[float], worse: Sequence[float], groups: Sequence[str]) -> Difference:
-    """Mean of `better - worse` over examples ± 95 %, with whole groups as the independent units.
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], groups: Sequence[str]) -> Difference:
+    """Mean of `ours - theirs` over examples ± 95 %, with whole groups as the independent units.
 
-    Examples of one module resemble each other, so the error is the cluster-robust one: with d_i the differences, d̄ their
-    mean and G groups, se² = G/(G-1) · Σ_g (Σ_{i in g} (d_i - d̄))² / n²; the error is t(G-1)·se. With one example a group
-    this is the usual paired t interval. With fewer than two groups it is infinite.
+    Examples of one module resemble each other, so the error is the cluster-robust one: with d_i the differences, m
+    their mean and G groups, se² = G/(G-1) · Σ_g (Σ_{i in g} (d_i - m))² / n²; the error is t(G-1)·se. With one example a
+    group this is the usual paired t interval. With fewer than two groups it is infinite.
     """
-    differences = [b - w for b, w in zip(better, worse, strict=True)]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = fmean(differences)
     sums: dict[str, float] = {}
     for difference, group in zip(differences, groups, strict=True):
@@ -104,8 +96,8 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 def collate(features: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any]:
     """Left-padded tensors of shape (batch, longest), and labels and logits for the answer's end only.
 
-    With the padding on the left every answer stands at the right edge, so the model computes the vocabulary's logits for
-    the last `logits_to_keep` positions and `labels` has just those: a fifth of the work, and most of the memory, saved.
+    With the padding on the left every answer stands at the right edge, so the model computes the vocabulary's logits
+    for the last `logits_to_keep` positions and `labels` has just those: a fifth of the work, most of the memory, saved.
     """
     import torch
 
@@ -134,89 +126,99 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-Step = Callable[[int], None]  # told how many examples are done
-
-
-def losses(
-    model: Any,
-    prompter: Prompter,
-    examples: Sequence[Example],
-    shots: Sequence[Example] = (),
-    *,
-    step: Step | None = None,
-) -> tuple[float, ...]:
-    """The loss of every example, without the end token: a model that was never taught to stop is not blamed for it."""
-    import torch
-
-    features = []
-    for example in examples:
-        prompt, answer = prompter.prompt(example, shots), prompter.answer(example)
-        features.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
-    found = [0.0] * len(examples)
-    for batch in batches([len(f["input_ids"]) for f in features], 2048):
-        inputs = on_device(collate([features[i] for i in batch], prompter.tokenizer.pad_token_id), model.device)
-        labels = inputs.pop("labels")[:, 1:]
-        with torch.inference_mode():
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            each = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-            )
-            mean = each.sum(1) / (labels != IGNORED).sum(1)
-        for index, value in zip(batch, mean.tolist(), strict=True):
-            found[index] = value
-        if step:
-            step(len(batch))
-    return tuple(found)
-
-
-def answers(
+def measure(
     model: Any,
     prompter: Prompter,
     examples: Sequence[Example],
     shots: Sequence[Example] = (),
     *,
     new_tokens: int,
-    step: Step | None = None,
-) -> tuple[str, ...]:
-    """The greedy answer to every example: its first line that says something."""
+    step: Callable[[int], None] = lambda count: None,
+) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """The loss of every example and the greedy answer to it; `shots` are answered examples shown first.
+
+    The prompts are read once, into a cache that both start from. The loss leaves the end token out: a model that was never
+    taught to stop is not blamed for it. An answer is the first line that says something. `step` is told how many are done.
+    """
     import torch
-    from transformers import GenerationConfig, StoppingCriteriaList
 
-    tokenizer = prompter.tokenizer
-    greedy = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    prompts = [{"input_ids": ids, "labels": ids} for ids in (prompter.prompt(e, shots) for e in examples)]
-    found = [""] * len(examples)
-    for batch in batches([len(p["input_ids"]) + new_tokens for p in prompts], 4096):
-        inputs = on_device(collate([prompts[i] for i in batch], tokenizer.pad_token_id), model.device)
-        ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        start = ids["input_ids"].shape[1]
-        stop = StoppingCriteriaList([_LineWritten(tokenizer, start)])
+    prompts = [prompter.prompt(example, shots) for example in examples]
+    losses, texts = [0.0] * len(examples), [""] * len(examples)
+    for batch in batches([len(prompt) + new_tokens for prompt in prompts], 4096):
         with torch.inference_mode():
-            written = model.generate(**ids, generation_config=greedy, stopping_criteria=stop)[:, start:]
-        for index, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            found[index] = first_line(text)
-        if step:
-            step(len(batch))
-    return tuple(found)
+            read = _read(model, [prompts[i] for i in batch], prompter.tokenizer.pad_token_id)
+            found = _losses(model, copy.deepcopy(read), [prompter.answer(examples[i]) for i in batch])
+            written = _greedy(model, read, prompter.tokenizer, new_tokens)
+        for index, loss, text in zip(batch, found, written, strict=True):
+            losses[index], texts[index] = loss, first_line(text)
+        step(len(batch))
+    return tuple(losses), tuple(texts)
 
 
-class _LineWritten:
-    """Stops a row once it has written a line that says something: the rest would not be read."""
+@dataclass
+class _Reading:
+    """A batch that was read so far: the keys and values, which positions count, the next token's logits."""
 
-    def __init__(self, tokenizer: Any, start: int) -> None:
-        self.start = start
-        self.breaks, self.speaks = _token_tables(tokenizer)
+    cache: Any
+    mask: Any  # (batch, length)
+    logits: Any  # (batch, vocabulary)
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        new = input_ids[:, self.start :]
-        spoken = self.speaks.to(new.device)[new].cumsum(1) > 0
-        return (self.breaks.to(new.device)[new] & spoken).any(1)
+    def read_on(self, model: Any, ids: Any, mask: Any) -> Any:
+        """Read `ids` (batch, more) where `mask` is 1; returns the logits after each, (batch, more, vocabulary)."""
+        import torch
+
+        self.mask = torch.cat([self.mask, mask], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = model(
+            ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        )
+        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+        return output.logits
+
+
+def _read(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> _Reading:
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    return _Reading(output.past_key_values, mask, output.logits[:, -1])
+
+
+def _losses(model: Any, read: _Reading, answers: Sequence[Sequence[int]]) -> list[float]:
+    """Mean -log p over each answer's tokens."""
+    import torch
+
+    longest = max(map(len, answers))
+    labels = torch.tensor([[*a, *[IGNORED] * (longest - len(a))] for a in answers], device=model.device)
+    first = read.logits[:, None]
+    known = labels != IGNORED
+    rest = read.read_on(model, labels[:, :-1].clamp(min=0), known[:, :-1].long()) if longest > 1 else first[:, :0]
+    logits = torch.cat([first, rest], 1).float()
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    found: list[float] = (each.sum(1) / known.sum(1)).tolist()
+    return found
+
+
+def _greedy(model: Any, read: _Reading, tokenizer: Any, new_tokens: int) -> list[str]:
+    """The likeliest token, again and again, until every row has ended or written a line that says something."""
+    import torch
+
+    breaks, speaks = (table.to(model.device) for table in _token_tables(tokenizer))
+    ended = torch.zeros(len(read.mask), dtype=torch.bool, device=model.device)
+    spoken, written = ended.clone(), []
+    for count in range(1, new_tokens + 1):
+        token = read.logits.argmax(-1).masked_fill(ended, tokenizer.eos_token_id)
+        written.append(token)
+        spoken |= speaks[token]
+        ended |= (token == tokenizer.eos_token_id) | (breaks[token] & spoken)
+        if ended.all() or count == new_tokens:
+            break
+        read.read_on(model, token[:, None], torch.ones_like(token)[:, None])
+    texts: list[str] = tokenizer.batch_decode(torch.stack(written, 1), skip_special_tokens=True)
+    return texts
 
 
 @cache
@@ -231,4 +233,5 @@ def _token_tables(tokenizer: Any) -> tuple[Any, Any]:
 
 
 def on_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """The batch's tensors on `device`, its numbers as they are."""
     return {name: value if isinstance(value, int) else value.to(device) for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""What the reader sees: tables, examples, and what to type next. Everything comes from a run's record, as read from disk."""
+"""What the reader sees: tables, examples, and what to type next. All of it comes from a run's record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def show_results(console: Console, record: Mapping[str, Any], comparisons: list[
     for note in notes:
         console.print(f"  {escape(note)}", style="dim")
     console.print(
-        f"  ± is the 95 % error of the paired difference, whole {unit}s resampled together; a higher ROUGE-L and a lower "
+        f"  ± is the 95 % error of the paired difference, whole {unit}s resampled together; a higher ROUGE-L "
+        "and a lower "
         "loss are better.",
         style="dim",
     )
@@ -51,6 +52,7 @@ def _difference(comparison: Comparison) -> str:
 
 
 def show_sizes(console: Console, record: Mapping[str, Any], place: str) -> None:
+    """The adapter's size beside the base's."""
     adapter, base = record["sizes"]["adapter"], record["sizes"]["base"]
     console.print(
         f"The adapter: [bold]{size(adapter)}[/bold] in {escape(place)}, beside {size(base)} of base weights "
@@ -59,6 +61,7 @@ def show_sizes(console: Console, record: Mapping[str, Any], place: str) -> None:
 
 
 def show_proofs(console: Console, record: Mapping[str, Any]) -> None:
+    """One row a claim about the saved adapter's outputs."""
     table = Table(title="The same outputs as the model just trained?", title_style="bold")
     table.add_column("")
     table.add_column("")
@@ -92,6 +95,7 @@ def show_before_after(console: Console, record: Mapping[str, Any], count: int = 
 
 
 def show_next(console: Console, record: Mapping[str, Any], command: str) -> None:
+    """What the user can type from here."""
     console.print("[bold]What to type next[/bold]: use the adapter in Python,")
     console.print(snippet(record), markup=False, highlight=False, style="cyan", soft_wrap=True)
     console.print("\nor at the shell,")
@@ -114,8 +118,10 @@ def snippet(record: Mapping[str, Any]) -> str:
     if chat:
         lines += [
             '    chat = [{"role": "system", "content": ""}, {"role": "user", "content": text}]',
-            '    batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
-            "return_dict=True)",
+            (
+                '    batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
+                "return_dict=True)"
+            ),
         ]
     else:
         lines.append('    batch = tokenizer(text + "\\n\\n", return_tensors="pt", add_special_tokens=False)')

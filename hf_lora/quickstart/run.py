@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from . import baselines, evaluate, proofs
 from . import base as bases
+from . import baselines, evaluate, proofs
 from .data import Example, Prompter, TaskData
 from .files import folder_bytes, write_json
 from .problems import SettingsError
@@ -177,9 +177,10 @@ class _Run:
 
     def _train(self, model: Any, prompter: Prompter, data: TaskData, base: bases.Base) -> None:
         """Train, or take up the finished training's last checkpoint; save the adapter."""
+        from transformers import set_seed
+
         import hf_lora  # noqa: F401  # puts add_lora on the model
         from hf_lora import LoRAConfig
-        from transformers import set_seed
 
         recipe, out = self.settings.recipe, self.settings.out
         set_seed(recipe.seed)
@@ -215,7 +216,7 @@ class _Run:
         if self._has(name):
             return
         examples = data.heldout
-        with self._stage(f"measuring {name}"), self._bar(f"measuring {name}", 2 * len(examples)) as bar:
+        with self._stage(f"measuring {name}"), self._bar(f"measuring {name}", len(examples)) as bar:
             done = 0
 
             def step(count: int) -> None:
@@ -223,8 +224,7 @@ class _Run:
                 done += count
                 bar(done, "")
 
-            loss = evaluate.losses(model, prompter, examples, shots, step=step)
-            texts = evaluate.answers(model, prompter, examples, shots, new_tokens=data.answer_tokens, step=step)
+            loss, texts = evaluate.measure(model, prompter, examples, shots, new_tokens=data.answer_tokens, step=step)
             rouge = tuple(evaluate.rouge_l(t, e.references) for t, e in zip(texts, examples, strict=True))
         self._add(evaluate.Measured(name, rouge=rouge, loss=loss, texts=texts))
 
@@ -259,7 +259,8 @@ class _Run:
             task = progress.add_task(name, total=total, note="")
 
             def update(done: int, note: str) -> None:
-                progress.update(task, completed=done, **({"note": note} if note else {}))
+                said = note or progress.tasks[task].fields["note"]
+                progress.update(task, completed=done, note=said)
 
             yield update
 

@@ -48,7 +48,7 @@ class Settings:
         return docstring_task(seed=self.recipe.seed)
 
     def checked(self) -> Settings:
-        """These settings, or `SettingsError`; `DataError` for a folder that is not the task's. Nothing is written yet."""
+        """These settings, or `SettingsError`; `DataError` for a folder that is not the task's. Writes nothing."""
         if self.task not in TASKS:
             raise SettingsError(
                 f"There is no task {self.task!r}.",

@@ -23,7 +23,7 @@ _COMPLETE = "complete"  # this file in a checkpoint says that all others are wri
 class Recipe:
     """How the adapter is trained. `targets` are roles, so the recipe holds for other architectures too."""
 
-    steps: int = 40
+    steps: int = 50
     seed: int = 0
     batch_size: int = 8
     learning_rate: float = 2e-3
@@ -34,6 +34,7 @@ class Recipe:
     save_steps: int = 10
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON gives it back."""
         return {**asdict(self), "targets": list(self.targets)}
 
 
@@ -62,8 +63,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train to `recipe.steps` from the latest complete checkpoint in `folder`, if any; returns the loss by step.
 
-    `step` is told the steps done and the last loss. Ctrl-C ends the training after the present step with a checkpoint and
-    then raises KeyboardInterrupt; a second one raises at once, and what it left half-written is deleted.
+    `step` is told the steps done and the last loss. Ctrl-C ends the training after the present step with a checkpoint
+    and then raises KeyboardInterrupt; a second one raises at once, and what it left half-written is deleted.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -106,7 +107,7 @@ def train(
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=[prompter.features(example) for example in data.train],  # type: ignore[arg-type]
+        train_dataset=[prompter.features(example) for example in data.train],
         data_collator=lambda features: collate(features, prompter.tokenizer.pad_token_id),
         callbacks=[Progress()],
     )

@@ -36,6 +36,7 @@ class Comparison:
 
     @property
     def better(self) -> bool:
+        """Whether the difference exceeds its error."""
         return self.mean > self.error
 
 
@@ -50,6 +51,6 @@ def compare(record: Mapping[str, Any]) -> list[Comparison]:
             if name == OURS or not other.get(key):
                 continue
             signed = [[metric.sign * value for value in side[key]] for side in (ours, other)]
-            difference = paired_difference(*signed, groups)
+            difference = paired_difference(signed[0], signed[1], groups)
             found.append(Comparison(name, key, difference.mean, difference.error))
     return found

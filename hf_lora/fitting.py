@@ -1,0 +1,166 @@
+"""Whether an adapter fits a model: every problem is found, and listed, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRAMismatchError
+from .layers import BIAS_ADDED, LoRAHead, Swapped
+from .state import LoRAState
+from .targeting import LayerInfo, describe_layer, inner_paths, resolve
+from .values import AdapterValue
+
+__all__ = ["Plan", "adds_bias", "head_problems", "make_plan"]
+
+
+@dataclass
+class Plan:
+    """What `put` found in the model for each path of the value."""
+
+    modules: dict[str, nn.Module]
+    infos: dict[str, LayerInfo]
+    inner: frozenset[str]
+
+
+def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, complete: bool = False) -> Plan:
+    """Find the module of every path of the value.
+
+    Args:
+        state: the adapters on the model already, or None.
+        complete: also refuse a value that lacks what its config names on this model.
+
+    Raises:
+        LoRAMismatchError: it does not fit; lists every problem.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    infos: dict[str, LayerInfo] = {}
+    problems: list[str] = []
+    heads = {h for e in (state.entries.values() if state else ()) for h in e.record.heads}
+    for path, factors in value.factors.items():
+        module = modules.get(path)
+        if module is None:
+            problems.append(f"{path}: the model has no such module")
+            continue
+        if path in heads:
+            problems.append(f"{path}: another adapter on this model trains it whole (modules_to_save)")
+            continue
+        info = describe_layer(module)
+        if info is None:
+            problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
+            continue
+        kind = "embedding" if info.kind == "embedding" else "linear"
+        want, got = (info.in_features, info.out_features), (factors.in_features, factors.out_features)
+        if kind != factors.kind:
+            problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
+        elif want != got:
+            problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
+        infos[path] = info
+    for path, bias in value.biases.items():
+        owner = modules.get(path.rpartition(".")[0])
+        own = getattr(owner, "bias", None)
+        if owner is None or not isinstance(own, Tensor):
+            problems.append(f"{path}: the model has no such bias")
+        elif own.shape != bias.shape:
+            problems.append(f"{path}: {tuple(bias.shape)}, the model's is {tuple(own.shape)}")
+        elif not adds_bias(owner):
+            problems.append(f"{path}: the bias of a {type(owner).__name__} cannot be adapted")
+    for path, tensors in value.modules.items():
+        problems += head_problems(path, modules.get(path), tensors)
+    for path, copied in value.embeddings.items():
+        problems += _embedding_problems(path, modules.get(path.rpartition(".")[0]), copied)
+    for tensor_path, tensor in _tensors(value):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{tensor_path}: holds NaN or infinite values")
+    if complete and not problems:
+        problems += _missing(model, value)
+    if problems:
+        raise LoRAMismatchError(
+            f"The adapter does not fit this {type(model).__name__}: {len(problems)} problem(s). Nothing was loaded.",
+            value=type(model).__name__,
+            expected=value.config.base_model,
+            remedy=_remedy(value, modules),
+            facts=problems,
+        )
+    return Plan(
+        modules,
+        infos,
+        frozenset(inner_paths(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases)])),
+    )
+
+
+def _missing(model: nn.Module, value: AdapterValue) -> list[str]:
+    """What the config names on this model and the file does not hold."""
+    found = resolve(model, value.config, from_file=True)
+    targets = [target.path for target in found.targets if target.path not in value.factors]
+    return [f"{path}: the config names it, the file has no factors for it" for path in targets] + [
+        f"{path}: the config names it (modules_to_save), the file does not hold it"
+        for path in found.heads
+        if path not in value.modules
+    ]
+
+
+def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:
+    for path, factors in value.factors.items():
+        yield f"{path}.A", factors.A
+        yield f"{path}.B", factors.B
+    yield from value.biases.items()
+    for path, tensors in value.modules.items():
+        yield from ((f"{path}.{key}", tensor) for key, tensor in tensors.items())
+
+
+def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Why `tensors` is not the state dict of a module that an adapter may train whole; empty if it is."""
+    if module is None:
+        return [f"{path}: the model has no such module (a head of another class of model?)"]
+    if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
+        return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
+    own = _own_state(module)
+    problems = [f"{path}.{key}: not in the adapter" for key in own.keys() - tensors.keys()]
+    problems += [f"{path}.{key}: not in the model" for key in tensors.keys() - own.keys()]
+    for key in own.keys() & tensors.keys():
+        if own[key].shape != tensors[key].shape:
+            problems.append(f"{path}.{key}: {tuple(tensors[key].shape)}, the model's is {tuple(own[key].shape)}")
+    return sorted(problems)
+
+
+def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor) -> list[str]:
+    # PEFT copies a base embedding into the file. It must be this base's, or the outputs would not be the adapter's.
+    own = getattr(module, "weight", None)
+    if not isinstance(own, Tensor):
+        return [f"{path}: the model has no such embedding"]
+    if own.shape != copied.shape:
+        return [f"{path}: the file's copy is {tuple(copied.shape)}, the model's {tuple(own.shape)} (tokens added?)"]
+    if own.is_meta or torch.equal(own.detach().cpu(), copied.to(own.dtype).cpu()):
+        return []
+    return [f"{path}: the file carries an embedding that differs from this base's, so it was made on another base"]
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in module.state_dict().items() if not k.startswith(("lora_heads.", "lora_slots."))}
+
+
+def _remedy(value: AdapterValue, modules: Mapping[str, nn.Module]) -> str:
+    """Say which base it wants; where the paths only lack or carry a prefix, say that."""
+    path = next(iter(value.factors))
+    longer = next((m for m in modules if m.endswith(f".{path}")), None)
+    shorter = next((m for m in modules if m and path.endswith(f".{m}") and describe_layer(modules[m])), None)
+    if path not in modules and longer:
+        prefix = longer.removesuffix(path)
+        return (
+            f"Its paths lack {prefix!r}: it was made on the model inside this one; load it into that ({prefix[:-1]})."
+        )
+    if path not in modules and shorter:
+        prefix = path.removesuffix(shorter)
+        return f"Its paths begin with {prefix!r}: it was made on a model with a head around this one; load it there."
+    base = value.config.base_model
+    return f"Load it into the base it was made on: {base!r}." if base else "Load it into the base it was made on."
+
+
+def adds_bias(module: nn.Module) -> bool:
+    """Whether the layer simply adds its bias to its output, so that an adapter can change it there."""
+    info = describe_layer(module)
+    return isinstance(module, BIAS_ADDED) or (info is not None and info.kind != "embedding")
