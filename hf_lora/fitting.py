@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAMismatchError
+from .layerinfo import is_held
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, inner_paths, resolve
 from .values import AdapterValue
 
-__all__ = ["Plan", "adds_bias", "head_problems", "make_plan"]
+__all__ = ["Plan", "adds_bias", "head_problems", "make_plan", "own_state"]
 
 
 @dataclass
@@ -118,7 +119,7 @@ def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Ten
         return [f"{path}: the model has no such module (a head of another class of model?)"]
     if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
         return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
-    own = _own_state(module)
+    own = own_state(module)
     problems = [f"{path}.{key}: not in the adapter" for key in own.keys() - tensors.keys()]
     problems += [f"{path}.{key}: not in the model" for key in tensors.keys() - own.keys()]
     for key in own.keys() & tensors.keys():
@@ -139,8 +140,9 @@ def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor) -> 
     return [f"{path}: the file carries an embedding that differs from this base's, so it was made on another base"]
 
 
-def _own_state(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict().items() if not k.startswith(("lora_heads.", "lora_slots."))}
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict as it is in the base."""
+    return {k: v for k, v in module.state_dict().items() if not is_held(k)}
 
 
 def _remedy(value: AdapterValue, modules: Mapping[str, nn.Module]) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .fitting import adds_bias
+from .fitting import adds_bias, own_state
+from .layerinfo import is_held
 from .targeting import Resolution
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of
@@ -41,7 +42,7 @@ def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> Ad
     biases = {
         path: parameter.detach().cpu().clone() for path, parameter in _biases(model, config, set(factors), found.heads)
     }
-    heads = {path: {k: v.detach().cpu().clone() for k, v in modules[path].state_dict().items()} for path in found.heads}
+    heads = {path: {k: v.detach().cpu().clone() for k, v in own_state(modules[path]).items()} for path in found.heads}
     if any(target.info.kind == "conv1d" for target in found.targets):
         config = config.replace(fan_in_fan_out=True)
     if config.base_model is None:
@@ -72,7 +73,12 @@ def _biases(
     modules, seen = dict(model.named_modules()), set()
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = path.rpartition(".")
-        if leaf != "bias" or id(parameter) in seen or any(f"{owner}.".startswith(f"{head}.") for head in heads):
+        if (
+            leaf != "bias"
+            or is_held(path)
+            or id(parameter) in seen
+            or any(f"{owner}.".startswith(f"{head}.") for head in heads)
+        ):
             continue
         wanted = owner in targets if config.bias == "lora_only" else adds_bias(modules[owner])
         if wanted:

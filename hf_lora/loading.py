@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import hub, store
 from .errors import LoRAFileError, LoRANameError
-from .layers import Swapped
+from .layerinfo import is_held
 from .model import put, read, refill, require
 from .values import AdapterValue
 
@@ -152,16 +152,12 @@ def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
 def _closed_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """The shortest names that mean these modules alone: `q_proj` where every q_proj is meant, else whole paths."""
     paths = set(paths)
-    lasts = {path.rpartition(".")[2] for path in paths}
-    inside = tuple(
-        f"{path}." for path, module in model.named_modules() if isinstance(module, Swapped)
-    )  # what hf_lora put there
     others = {
         path.rpartition(".")[2]
         for path, _ in model.named_modules(remove_duplicate=False)
-        if path not in paths and not path.startswith(inside)
+        if path not in paths and not is_held(path)
     }
-    return sorted({last if (last := path.rpartition(".")[2]) not in others else path for path in paths if lasts})
+    return sorted({path if (last := path.rpartition(".")[2]) in others else last for path in paths})
 
 
 # ---- a checkpoint: every adapter that trains ------------------------------------------------------------------------

@@ -137,8 +137,8 @@ def put(
     if not isinstance(name, str) or not name:
         raise LoRANameError(f"{name!r} is no name for an adapter.", value=name, expected="a string that is not empty")
     value.config.require_supported()
-    _refuse_sharded(model)
     state = state_of(model)
+    _refuse_foreign(model, state)
     if state is not None:
         state.require_unmerged("add_lora")
         if state.overridden and any(state.current.entries):
@@ -156,7 +156,7 @@ def put(
     plan = make_plan(model, value, state, complete)
     fresh = state is None
     state = _attach(model) if state is None else state
-    with state.lock:
+    with state.lock, torch.inference_mode(False):
         entry = Entry(name, state.free_slot(), trainable)
         resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
         resident.value = None if trainable else value
@@ -275,16 +275,30 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
     delattr(model, _STATE)
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _refuse_foreign(model: nn.Module, state: LoRAState | None) -> None:
     size = getattr(model, "_tp_size", None) or 1
-    if size > 1 or getattr(model, "_tp_plan_active", False):
+    if size > 1:
         raise LoRAUnsupportedError(
             f"This model is split over {size} devices by tensor parallelism, where a LoRA's factors would have to be "
             "sharded with it.",
             name="tp_plan",
             value=size,
-            remedy="Load it without tp_plan (device_map, FSDP2 and DDP work), or merge the adapter first.",
+            remedy="Load it without tp_plan (device_map and DDP work).",
         )
+    if state is None and getattr(model, "peft_config", None):
+        raise LoRAUnsupportedError(
+            f"This {type(model).__name__} carries adapters of PEFT: {', '.join(map(repr, model.peft_config))}.",  # type: ignore[arg-type]
+            name="peft_config",
+            remedy="Unload them (delete_adapter, or PeftModel.unload), or save them and load_lora() the files.",
+        )
+    for path, module in model.named_modules():
+        held = getattr(module, "lora_slots", None) or getattr(module, "lora_heads", None)
+        if isinstance(held, (LoRASlots, LoRAHeads)) and held.state is not state:
+            raise LoRAStateError(
+                f"{path} carries adapters that were added through another model (the one inside this, or around it).",
+                name=path,
+                remedy="Add all adapters through the same model, or remove_lora() there first.",
+            )
 
 
 # ---- reading, training, removing ------------------------------------------------------------------------------------
@@ -392,7 +406,7 @@ def train(model: nn.Module, names: Iterable[str]) -> None:
     if isinstance(names, str):
         names = [names]
     chosen = [state.entry(name) for name in names]
-    with state.lock:
+    with state.lock, torch.inference_mode(False):
         for entry in list(state.entries.values()):
             if entry.trainable != (entry in chosen):
                 _convert(model, state, entry)

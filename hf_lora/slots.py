@@ -205,7 +205,8 @@ class LoRASlots(nn.Module):
             return output
         rows = rows_of(active, x, inner=self.inner)
         if any(not self.slots[entry.slot].trainable for entry in here):
-            key = (self, self.bank_A.device, self.bank_A.dtype)
+            # A tensor made under inference_mode cannot take part in autograd later: each mode has its own.
+            key = (self, self.bank_A.device, self.bank_A.dtype, torch.is_inference_mode_enabled())
             if key not in active.cache:  # gathered once for each route, not for each call
                 active.cache[key] = self._gather(rows)
             output = self._add_gathered(x, output, base, *active.cache[key])
@@ -225,8 +226,10 @@ class LoRASlots(nn.Module):
         mask = torch.tensor(used, device=slots.device).to(self.bank_B.dtype)
         A = B = bias = None
         if self.bank_A.shape[0]:
-            A = None if self.kind == "embedding" else self.bank_A[slots]
-            B = self.bank_B[slots] * mask.view(-1, 1, 1)
+            bank_A, bank_B = self.bank_A, self.bank_B
+            rank = min(bank_A.shape[1], bank_B.shape[2])  # another thread may be widening them one after the other
+            A = None if self.kind == "embedding" else bank_A[slots, :rank]
+            B = bank_B[slots, :, :rank] * mask.view(-1, 1, 1)
         if self.bank_bias.shape[0]:
             bias = self.bank_bias[slots] * mask.view(-1, 1)
         return A, B, slots, bias
@@ -243,7 +246,7 @@ class LoRASlots(nn.Module):
     ) -> Tensor:
         if self.kind == "embedding" and B is not None:
             flat = x.reshape(x.shape[0], -1)
-            h = self.bank_A[slots.view(-1, 1), :, flat]  # (N, T, R)
+            h = self.bank_A[:, : B.shape[2]][slots.view(-1, 1), :, flat]  # (N, T, R)
             delta = torch.bmm(h.to(output.dtype), B.to(output.dtype).transpose(1, 2)).reshape(output.shape)
             output = output + _embed_scaled(delta, base)
         elif A is not None and B is not None:

@@ -39,7 +39,7 @@ class Entry:
     name: str
     slot: int
     trainable: bool
-    record: Any = None  # what the model room keeps of it: config, and the value of a frozen adapter
+    record: Any = field(default=None, repr=False)  # what the model room keeps of it: config, and the value of a frozen adapter
     alive: bool = True
 
     def check(self) -> Entry:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .layerinfo import is_held
 from .model import require
 from .slots import LoRASlots
 from .switching import described
@@ -73,7 +74,7 @@ class Summary:
 def summarise(model: nn.Module) -> Summary:
     """Look at a model's adapters. Raises `LoRAStateError` if it has none."""
     state = require(model)
-    ours = {id(p) for path, p in model.named_parameters() if ".lora_slots." in path or ".lora_heads." in path}
+    ours = {id(p) for path, p in model.named_parameters() if is_held(path)}
     base = [p for p in model.parameters() if id(p) not in ours]
     roles = roles_of(model)
     active = set(state.default.entries)

@@ -13,7 +13,7 @@ def randomise(model: Any, seed: int = 0, scale: float = 0.2) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".lora_slots." in name or ".lora_heads." in name:
+        if parameter.requires_grad and (".lora_slots." in name or ".lora_heads." in name):
             noise = scale * torch.randn(parameter.shape, generator=generator)
             base = 0 if ".lora_slots." in name else parameter.data  # a head's copy stays near the base's
             parameter.data.copy_(base + noise.to(parameter.dtype))

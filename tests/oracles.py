@@ -19,6 +19,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+torch.set_num_threads(1)  # models of width 32: a second thread only waits
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 _SMALL = {
@@ -38,11 +40,13 @@ _SEQ2SEQ = {
     "d_model": 32,
     **{f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))},
     "encoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
     "decoder_ffn_dim": 48,
     "vocab_size": 64,
     **_IDS,
     "decoder_start_token_id": 2,
 }
+_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, **_IDS}
 _FALCON = {**_SMALL, **_IDS, "alibi": False}
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -56,7 +60,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
     "gpt2-cls": ("GPT2Config", "GPT2ForSequenceClassification", {**_GPT2, "num_labels": 3}),
     "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_SMALL, **_IDS, "max_position_embeddings": 64}),
-    "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, **_IDS}),
+    "bloom": ("BloomConfig", "BloomForCausalLM", _BLOOM),
     "falcon": ("FalconConfig", "FalconForCausalLM", {**_FALCON, "multi_query": True}),
     "falcon-heads": ("FalconConfig", "FalconForCausalLM", {**_FALCON, "multi_query": False, "bias": True}),
     "falcon-new": (
@@ -78,7 +82,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-token": ("BertConfig", "BertForTokenClassification", _BERT),
     "distilbert-cls": ("DistilBertConfig", "DistilBertForSequenceClassification", {**_DISTIL, "num_labels": 3}),
     "t5": ("T5Config", "T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}),
-    "bart": ("BartConfig", "BartForConditionalGeneration", {**_SEQ2SEQ, "max_position_embeddings": 64, "scale_embedding": True}),
+    "bart": ("BartConfig", "BartForConditionalGeneration", {**_SEQ2SEQ, "scale_embedding": True}),
     "vit-cls": (
         "ViTConfig",
         "ViTForImageClassification",
@@ -89,7 +93,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "WhisperForConditionalGeneration",
         {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 6, "max_target_positions": 32},
     ),
-}  # fmt: skip
+}
 """name → class of the config, class of the model, fields: two layers of width 32."""
 
 _BUILT: dict[tuple[str, int], nn.Module] = {}
@@ -157,7 +161,7 @@ def disturb(model: nn.Module, *, seed: int = 1, std: float = 0.15) -> int:
 # ---- closeness -------------------------------------------------------------------------------------------------------
 
 # max|difference| ≤ tolerance · max|logit|. float32 is the promise. Norms and softmax of many models compute in float32
-# whatever the dtype, so float64 is no better than that. bfloat16 has 8 bits: two layers of width 32 lose about 3 of them.
+# whatever the dtype, so float64 is no better than that. bfloat16 has 8 bits: two layers of width 32 lose 3 of them.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 

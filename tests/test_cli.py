@@ -168,7 +168,12 @@ def test_the_exit_code_is_the_journeys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_reach_the_journey(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("hf_lora.quickstart.journey", lambda settings, *, fresh: seen.append((settings, fresh)) or 0)
+
+    def journey(settings: Any, *, fresh: bool) -> int:
+        seen.append((settings, fresh))
+        return 0
+
+    monkeypatch.setattr("hf_lora.quickstart.journey", journey)
     run("quickstart", "--task", "e2e", "--data", "d", "--out", str(tmp_path), "--steps", "7", "--seed", "3", "--fresh")
     settings, fresh = seen[0]
     assert (settings.task, settings.data, settings.out, fresh) == ("e2e", Path("d"), tmp_path, True)

@@ -13,7 +13,7 @@ import pytest
 import hf_lora
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "hf_lora"
+PACKAGE, PAGES = ROOT / "hf_lora", ROOT / "docs" / "pages"
 
 # Room -> rooms it may import. A room is a file, or a folder whose files may import each other.
 TABLE: dict[str, str] = {
@@ -149,7 +149,7 @@ def test_nothing_heavy_at_the_top(path):
 
 
 def test_every_room_stands_in_the_architecture_page():
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (PAGES / "architecture.md").read_text(encoding="utf-8")
     missing = [room for room in TABLE if room not in ("hf_lora", "__main__") and f"`{room}`" not in page]
     assert not missing
 
@@ -166,7 +166,7 @@ def test_public_names_have_docstrings_and_stand_in_the_reference(name):
     found = getattr(hf_lora, name)
     assert (inspect.getdoc(found) or "").strip()
     assert found.__doc__ is not object.__doc__
-    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    pages = "".join(path.read_text(encoding="utf-8") for path in PAGES.glob("*.md"))
     assert re.search(rf"^::: hf_lora\.(\w+\.)*{name}$", pages, re.M), f"{name} is not in docs/api.md or docs/errors.md"
 
 

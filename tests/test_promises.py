@@ -45,16 +45,17 @@ from hf_lora import (
     LoRANameError,
     LoRAStateError,
     LoRATargetError,
+    LoRAUnsupportedError,
 )
 
 ROUND = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def adapter(family: str, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+def adapter(family: str, folder: Path, *, seed: int = 1, **fields: Any) -> Path:
     """A folder with a random adapter for the family's model."""
-    model = build(family, dtype=dtype)
+    model = build(family)
     model.add_lora(LoRAConfig(**{"r": 3, "alpha": 6, "target_modules": ["q", "v"], **fields}))
-    disturb(model, seed=seed)
+    disturb(model, seed=seed, std=0.1)
     return model.save_lora(folder)
 
 
@@ -65,15 +66,15 @@ def adapter(family: str, folder: Path, *, seed: int = 1, dtype: torch.dtype = to
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_step_0_logits_equal_the_bases_and_after_remove_the_model_is_the_base(family: str, targets: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model, before = build(family, dtype=dtype), Snapshot(build(family, dtype=dtype))
+        model = build(family, dtype=dtype)
         before, batch = Snapshot(model), inputs(model)
         plain = logits(model, batch)
         for name, init in (("one", "kaiming"), ("two", "gaussian")):
             model.add_lora(LoRAConfig(r=2, target_modules=targets, init=init, bias="all", use_rslora=True), name)
             assert bool(plain.isfinite().all())
             assert torch.equal(logits(model, batch), plain)
-        with model.route_lora(["one", None, "two"]):
-            assert torch.equal(logits(model, batch), plain)
+        with model.route_lora(["one", None, "two"]):  # a head's copy runs on its rows alone, which may round otherwise
+            assert_close(logits(model, batch), plain, dtype)
         disturb(model)
         assert not torch.equal(logits(model, batch), plain)
         model.remove_lora("one")
@@ -94,8 +95,8 @@ def test_after_training_and_removal_the_base_is_as_it_was_bit_for_bit() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        first = float(loss) if first is None else first
-    assert float(loss) < 0.5 * first
+        first = loss.item() if first is None else first
+    assert loss.item() < 0.5 * first
     before.assert_weights(model)
     model.remove_lora()
     before.assert_same(model)
@@ -126,7 +127,7 @@ def test_odd_bits_of_the_base_survive_minus_zero_nan_and_subnormals() -> None:
         ("gpt2", {"target_modules": ["q", "v", "mlp"], "use_rslora": True}),
         ("gemma3", {"target_modules": ["q", "v"], "alpha": 16}),
         ("bert-cls", {"target_modules": ["query", "value"], "bias": "all", "task_type": "SEQ_CLS"}),
-        ("bart", {"target_modules": ["attention"]}),
+        ("bart", {"target_modules": ["attention"], "alpha": 16}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -377,7 +378,7 @@ def test_loading_is_all_or_nothing(broken: Any, trainable: bool, resident: bool,
     if resident:
         model.load_lora(tmp_path / "good", name="good")
     before, computed = Snapshot(model), logits(model, batch)
-    with pytest.raises((LoRAFileError, LoRAMismatchError)) as caught:
+    with pytest.raises((LoRAFileError, LoRAMismatchError, LoRAUnsupportedError)) as caught:
         model.load_lora(bad, trainable=trainable)
     for part in listed:
         assert part in str(caught.value)

@@ -69,7 +69,7 @@ def cases(draw: st.DrawFn, family: str) -> tuple[LoRAConfig, torch.dtype, int]:
     targets: Any = draw(st.one_of(kinds))
     if family in EMBEDDINGS and targets != "all-linear" and draw(st.booleans()):
         targets = [*targets, EMBEDDINGS[family]]
-    rank = draw(st.sampled_from([1, 2, 3, 4]))
+    rank = draw(st.sampled_from([1, 2, 3]))
     whole_head = family == "vit-cls" and EMBEDDINGS[family] in targets
     config = LoRAConfig(
         r=rank,
@@ -106,15 +106,16 @@ def live(family: str, config: LoRAConfig, dtype: torch.dtype, seed: int, folder:
 
     model.add_lora(config, "new")
     assert torch.equal(logits(model, batch), plain), "step 0 is the base"
-    assert disturb(model, seed=seed + 1) > 0
+    scaling = (config.alpha or config.r) / (config.r**0.5 if config.use_rslora else config.r)
+    assert disturb(model, seed=seed + 1, std=0.12 / scaling**0.5) > 0  # ΔW of W's size, not far above it
     trained = logits(model, batch)
 
     model.save_lora(folder / "task", "new")
     oracle = merged(base, folder / "task")
     expected = logits(oracle, batch)
     exact = dtype in (torch.float32, torch.float64)
-    # In half precision nothing can be nearer to the truth than the merged model itself, rounded to that dtype.
-    least = 0.0 if exact else 4 * error(logits(oracle.to(dtype), batch), expected)
+    # Nothing can be nearer to the truth than the merged model itself, rounded to that dtype: this is what it loses.
+    least = 4 * error(logits(oracle.to(dtype), batch), expected)
 
     def close(found: Tensor, wanted: Tensor, what: str) -> None:
         assert_close(found, wanted, dtype, what, least)

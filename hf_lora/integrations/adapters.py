@@ -40,7 +40,7 @@ _DISABLED = "disabled_adapters"  # state.facts: the default while disabled, and 
 
 def peft_installed() -> bool:
     """Whether transformers sees peft: its own answer, which is not replaced."""
-    from transformers.utils import is_peft_available
+    from transformers.utils.import_utils import is_peft_available
 
     return is_peft_available()
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAStateError, LoRAUnsupportedError
-from ..layers import LoRAHeads
+from ..layerinfo import is_held
 from ..loading import save_checkpoint
 from ..model import put, read, remove, state_of
-from ..slots import LoRASlots
 from ..state import Active
 from ..values import AdapterValue
 from .checkpointing import bind_checkpoints, unbind_checkpoints
@@ -45,8 +44,7 @@ def detached(model: nn.Module) -> None:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict without a key of ours."""
-    ours = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, (LoRASlots, LoRAHeads)))
-    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(ours)}
+    return {key: tensor for key, tensor in model.state_dict().items() if not is_held(key)}
 
 
 def install(registry: Registry, cls: Any) -> None:

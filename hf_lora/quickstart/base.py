@@ -6,9 +6,11 @@ on calling the model quantised, which Trainer and save_pretrained refuse: `load_
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,10 @@ class Base(Protocol):
     def loading(self) -> dict[str, Any]:
         """The arguments of `from_pretrained`."""
 
+    @property
+    def arriving(self) -> str:
+        """For the reader: "loading" or "downloading"."""
+
 
 @dataclass(frozen=True)
 class HubBase:
@@ -76,6 +82,10 @@ class HubBase:
     def loading(self) -> dict[str, Any]:  # noqa: D102
         return {"pretrained_model_name_or_path": self.model_id, "revision": self.revision}
 
+    @property
+    def arriving(self) -> str:  # noqa: D102
+        return "loading" if self.cached else "downloading (270 MB, once)"
+
 
 @dataclass(frozen=True)
 class GGUFBase:
@@ -93,6 +103,10 @@ class GGUFBase:
     @property
     def loading(self) -> dict[str, Any]:  # noqa: D102
         return {"pretrained_model_name_or_path": str(self.file.parent), "gguf_file": self.file.name}
+
+    @property
+    def arriving(self) -> str:  # noqa: D102
+        return "loading"
 
 
 def find_base() -> Base:
@@ -132,9 +146,8 @@ def _on_hub() -> tuple[Base | None, str]:
         return None, "the Hub was not asked: HF_HUB_OFFLINE is set"
     try:
         metadata = get_hf_file_metadata(hf_hub_url(HUB_ID, "config.json"), timeout=_TIMEOUT)
-    except (
-        Exception
-    ) as error:  # a firewall, a proxy, a captive portal: each fails in its own way, and all mean "not there"
+    # A firewall, a proxy, a captive portal: each fails in its own way, and all mean "not there".
+    except Exception as error:  # noqa: BLE001
         return None, f"the Hub ({constants.ENDPOINT}) did not answer: {type(error).__name__}"
     if not metadata.commit_hash:
         return None, f"{constants.ENDPOINT} answered, but not as a Hub"
@@ -178,7 +191,8 @@ def load_model(base: Base, config: Any = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     given = {} if config is None else {"config": copy.deepcopy(config)}
-    model: Any = AutoModelForCausalLM.from_pretrained(**base.loading, dtype=torch.float32, **given)
+    with contextlib.redirect_stderr(io.StringIO()):  # the dequantiser's progress bar cannot be turned off
+        model: Any = AutoModelForCausalLM.from_pretrained(**base.loading, dtype=torch.float32, **given)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer = None
         model.is_quantized = False

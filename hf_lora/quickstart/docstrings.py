@@ -120,9 +120,7 @@ def documented_functions(text: str, module: str) -> Iterator[Function]:
 
 
 def docstring_task(*, seed: int = 0, train: int = 640, heldout: int = 96, root: Path | None = None) -> TaskData:
-    """The task from the functions of `root`: at most `train` examples to learn from and `heldout` from other
-    modules.
-    """
+    """The task from the functions of `root`: up to `train` examples to learn from, `heldout` from other modules."""
     functions = collect(root)
     by_module: dict[str, list[Function]] = {}
     for function in functions:

@@ -55,8 +55,8 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], groups: Se
     """Mean of `ours - theirs` over examples ± 95 %, with whole groups as the independent units.
 
     Examples of one module resemble each other, so the error is the cluster-robust one: with d_i the differences, m
-    their mean and G groups, se² = G/(G-1) · Σ_g (Σ_{i in g} (d_i - m))² / n²; the error is t(G-1)·se. With one example a
-    group this is the usual paired t interval. With fewer than two groups it is infinite.
+    their mean and G groups, se² = G/(G-1) · Σ_g (Σ_{i in g} (d_i - m))² / n²; the error is t(G-1) · se. With one
+    example a group this is the usual paired t interval. With fewer than two groups it is infinite.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = fmean(differences)
@@ -137,8 +137,9 @@ def measure(
 ) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """The loss of every example and the greedy answer to it; `shots` are answered examples shown first.
 
-    The prompts are read once, into a cache that both start from. The loss leaves the end token out: a model that was never
-    taught to stop is not blamed for it. An answer is the first line that says something. `step` is told how many are done.
+    The prompts are read once, into a cache that both start from. The loss leaves the end token out: a model that was
+    never taught to stop is not blamed for it. An answer is the first line that says something. `step` is told how many
+    are done.
     """
     import torch
 

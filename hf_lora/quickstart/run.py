@@ -65,6 +65,7 @@ def journey(
     console = console or Console()
     record = earlier_run(settings, fresh=fresh)
     if record is not None and record["state"] == "finished":
+        shutil.rmtree(settings.out / CHECKPOINTS, ignore_errors=True)  # an interruption may have come before this
         console.print(f"{settings.out} holds a finished run. `--fresh` starts over, another `--out` keeps it.\n")
         return _report(console, record, settings)
     run = _Run(settings, console, record)
@@ -105,7 +106,7 @@ class _Run:
         console.print(f"Task: [bold]{data.title}[/bold].", highlight=False)
         for fact in data.facts:
             console.print(f"  {fact}", highlight=False, style="dim")
-        with self._stage("loading the base model", spinner=True):
+        with self._stage(f"{base.arriving} the base model", spinner=True):
             model, tokenizer = bases.load_model(base), bases.load_tokenizer(base)
             config = model.config.__class__.from_dict(model.config.to_dict())
         self._begin(base, data, tokenizer)
@@ -294,6 +295,10 @@ def _report(console: Any, record: dict[str, Any], settings: Settings) -> int:
     report.show_sizes(console, record, str(settings.out / ADAPTER))
     report.show_proofs(console, record)
     report.show_before_after(console, record)
+    minutes = sum(record["seconds"].values()) / 60
+    console.print(
+        f"All of it took {minutes:.1f} minutes; every number is in {settings.out / RECORD}.\n", highlight=False
+    )
     if not lost and not broken:
         console.print(
             "[bold green]The adapter beats the base and every baseline by more than the error.[/bold green]\n"
