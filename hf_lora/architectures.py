@@ -27,6 +27,7 @@ __all__ = [
     "ARCHITECTURES",
     "DUAL_ENCODERS",
     "EXPERT_PARAMETERS",
+    "FLATTENED",
     "HEADED_CLASS",
     "HEAD_NAMES",
     "INNER_PARTS",
@@ -312,6 +313,9 @@ PRETRAINED_HEADS: Mapping[str, frozenset[str]] = {
 
 DUAL_ENCODERS = frozenset({"clip", "siglip", "siglip2", "chinese_clip", "altclip", "clap", "align"})
 """Models with several towers in which a row of each tower's batch is a row of the user's."""
+
+FLATTENED = {"opt": frozenset({"fc1", "fc2", "final_layer_norm"})}
+"""Layers that an architecture runs on (B·T, d), the rows of the batch one after another, instead of (B, T, d)."""
 
 INNER_PARTS = frozenset(
     {

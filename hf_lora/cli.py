@@ -121,7 +121,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter and the results go.")] = Path(
         "hf-lora-quickstart"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, of 8 examples each.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, of 8 examples each.")] = 40,
     seed: Annotated[
         int, typer.Option(min=0, help="For the data's split, the adapter's start and the training order.")
     ] = 0,

@@ -12,8 +12,9 @@ from .errors import LoRAMismatchError
 from .layerinfo import is_held
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .state import LoRAState
-from .targeting import LayerInfo, describe_layer, inner_paths, resolve
+from .targeting import LayerInfo, describe_layer, resolve, row_maps
 from .values import AdapterValue
+from .weights import compute_dtype
 
 __all__ = ["Plan", "adds_bias", "head_problems", "make_plan", "own_state"]
 
@@ -24,7 +25,7 @@ class Plan:
 
     modules: dict[str, nn.Module]
     infos: dict[str, LayerInfo]
-    inner: frozenset[str]
+    row_maps: dict[str, str]  # of every layer, as `targeting.row_maps`
 
 
 def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, complete: bool = False) -> Plan:
@@ -76,6 +77,8 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
     for tensor_path, tensor in _tensors(value):
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             problems.append(f"{tensor_path}: holds NaN or infinite values")
+    if not problems:
+        problems += _overflows(model, value, modules)
     if complete and not problems:
         problems += _missing(model, value)
     if problems:
@@ -89,8 +92,25 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
     return Plan(
         modules,
         infos,
-        frozenset(inner_paths(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases)])),
+        row_maps(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases)]),
     )
+
+
+def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What would be infinite in the dtype that its layer computes in (float16 ends at 65504)."""
+    problems = []
+    changes = [(path, "A", f.A, 1.0) for path, f in value.factors.items()]
+    changes += [(path, "scaling · B", f.B, f.scaling) for path, f in value.factors.items()]
+    changes += [(path.rpartition(".")[0], "its bias", bias, 1.0) for path, bias in value.biases.items()]
+    for path, what, tensor, scaling in changes:
+        dtype = compute_dtype(modules[path], model)
+        most = torch.finfo(dtype).max
+        if tensor.is_meta or most >= torch.finfo(tensor.dtype).max / max(abs(scaling), 1):
+            continue
+        largest = float(tensor.abs().max()) * abs(scaling)
+        if largest > most:
+            problems.append(f"{path}: {what} reaches {largest:.3g}, which {dtype} cannot hold (most {most:.3g})")
+    return problems
 
 
 def _missing(model: nn.Module, value: AdapterValue) -> list[str]:

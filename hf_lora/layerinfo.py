@@ -65,6 +65,8 @@ _REFUSED = (
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
 )
 
+_QUANTISERS = frozenset({"bitsandbytes", "torchao"})  # their embeddings look up as nn.Embedding does
+
 _NOT_YET = re.compile(r"^(Lazy)?Conv(Transpose)?[123]d$")
 
 
@@ -137,4 +139,8 @@ def _refused(module: nn.Module) -> str | None:
         for rule in _REFUSED:
             if not (rule.overridden and plain) and rule.name.search(cls.__name__):
                 return rule.reason
+    # A scaled embedding looks up its input and multiplies; OPT's and BART's positions make their own ids.
+    looks_up = plain or hasattr(module, "embed_scale") or own.__module__.partition(".")[0] in _QUANTISERS
+    if isinstance(module, nn.Embedding) and not looks_up:
+        return "its forward looks up something else than the ids that it is given (positions, say)"
     return None

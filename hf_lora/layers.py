@@ -94,7 +94,7 @@ class LoRAHeads(nn.Module):
                     output = self.copies[str(entry.slot)](*args, **kwargs)
             return output
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        rows = rows_of(active, x, inner=False)
+        rows = rows_of(active, x)
         for entry in active.entries:
             if str(entry.check().slot) in self.copies:
                 index = torch.tensor([i for i, row in enumerate(rows) if row is entry], device=x.device)

@@ -63,6 +63,7 @@ def merge_lora(model: nn.Module, which: Which = None) -> Merged:
         pairs = _pairs(model, active)
         for path in pairs:
             _refuse_tied(model, path, pairs)
+        _refuse_not_finite(model, active)
         try:
             for path, (A, B) in pairs.items():
                 module = modules[path]
@@ -123,6 +124,24 @@ def _refuse_tied(model: nn.Module, path: str, pairs: dict[str, Any]) -> None:
             value=others,
             remedy="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
         )
+
+
+def _refuse_not_finite(model: nn.Module, active: Active) -> None:
+    """What replaces a bias or a head; factors are looked at as ΔW."""
+    for entry, _ in active.mixture:
+        if not entry.record.whole:
+            continue
+        value = read(model, entry.name)
+        heads = [(f"{p}.{key}", t) for p, state in value.modules.items() for key, t in state.items()]
+        for name, tensor in [*value.biases.items(), *heads]:
+            own = model.get_parameter(name).dtype if name in value.biases else tensor.dtype
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(own)).all()):
+                raise LoRAStateError(
+                    f"{name}: adapter {entry.name!r} holds values there that are NaN or infinite in {own}, "
+                    "so it was not merged.",
+                    name=name,
+                    remedy="Check the adapter (a diverged training run?).",
+                )
 
 
 def _put_whole(model: nn.Module, active: Active, merged: Merged) -> None:

@@ -180,7 +180,7 @@ def put(
 def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> None:
     for path, factors in value.factors.items():
         module, info = plan.modules[path], plan.infos[path]
-        slots = _slots(model, state, module, path, info, path in plan.inner)
+        slots = _slots(model, state, module, path, info, plan.row_maps[path])
         bias = value.biases.get(f"{path}.bias")
         slot = Slot(
             factors.rank,
@@ -205,7 +205,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
         if owner in value.factors:
             continue
         module = plan.modules[owner]
-        slots = _slots(model, state, module, owner, describe_layer(module), owner in plan.inner)
+        slots = _slots(model, state, module, owner, describe_layer(module), plan.row_maps[owner])
         slot = Slot(trainable=entry.trainable, bias=True)
         if entry.trainable:
             slots.put_trainable(entry.slot, slot, None, None, _master(bias))
@@ -213,10 +213,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             slots.put_frozen(entry.slot, slot, None, None, _bias_change(module, bias))
     for path, tensors in value.modules.items():
         module = plan.modules[path]
-        own = copy.deepcopy(module)
-        if isinstance(own, LoRAHead):
-            del own._modules["lora_heads"]
-            restore(own)
+        own = _base_copy(module)
         own.load_state_dict(dict(tensors))
         if not isinstance(module, LoRAHead):
             swap(module, LoRAHead, path)
@@ -224,6 +221,16 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             module.lora_heads.train(module.training)
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
+
+
+def _base_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module as it is in the base, without what adapters hold of it."""
+    held = module._modules.get("lora_heads")
+    own = copy.deepcopy(module, {id(held): None})  # the memo says that this child is copied already
+    if isinstance(own, LoRAHead):
+        own._modules.pop("lora_heads")
+        restore(own)
+    return own
 
 
 def _master(bias: Tensor | None) -> Tensor | None:
@@ -235,11 +242,12 @@ def _bias_change(module: nn.Module, bias: Tensor | None) -> Tensor | None:
         return None
     own = module.bias
     assert isinstance(own, Tensor)
-    return bias.to(own.device).float() - own.detach().float()
+    wide = torch.promote_types(torch.promote_types(bias.dtype, own.dtype), torch.float32)
+    return bias.to(own.device, wide) - own.detach().to(wide)
 
 
 def _slots(
-    model: nn.Module, state: LoRAState, module: nn.Module, path: str, info: LayerInfo | None, inner: bool
+    model: nn.Module, state: LoRAState, module: nn.Module, path: str, info: LayerInfo | None, row_map: str
 ) -> LoRASlots:
     """The module's slots; its class is swapped and they are made if it has none."""
     if isinstance(module, LoRALinear):
@@ -249,7 +257,7 @@ def _slots(
     kind = "bias" if info is None else "embedding" if info.kind == "embedding" else "linear"
     mixin = {"bias": LoRABias, "embedding": LoRAEmbedding, "linear": LoRALinear}[kind]
     dtype = compute_dtype(module, model)
-    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, inner=inner)
+    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=row_map)
     slots.train(module.training)
     swap(module, mixin, path)
     module.lora_slots = slots

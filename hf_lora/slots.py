@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .routing import rows_of
+from .routing import rows_of, unflattened
 from .state import Active, Entry, LoRAState, active_rows
 from .variants import VARIANTS
 
@@ -55,10 +55,10 @@ class LoRASlots(nn.Module):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        inner: bool = False,
+        row_map: str = "batch",
     ) -> None:
         super().__init__()
-        self.state, self.kind, self.inner = state, kind, inner
+        self.state, self.kind, self.row_map = state, kind, row_map
         self.in_features, self.out_features = in_features, out_features
         self.slots: dict[int, Slot] = {}
         for name, shape in (
@@ -92,7 +92,7 @@ class LoRASlots(nn.Module):
         if A is not None and B is not None:
             self.bank_A[index, : slot.rank].copy_(A)
             self.bank_B[index, :, : slot.rank].copy_(
-                B if slot.scaling == 1 else B.to(self.bank_B.device).float() * slot.scaling
+                B if slot.scaling == 1 else _wide(B.to(self.bank_B.device)) * slot.scaling
             )
         if bias is not None:
             self.bank_bias[index].copy_(bias)
@@ -203,7 +203,10 @@ class LoRASlots(nn.Module):
         here = [entry for entry in active.entries if entry.check().slot in self.slots]
         if not here:
             return output
-        rows = rows_of(active, x, inner=self.inner)
+        shape = output.shape
+        if self.row_map == "flat" and x.dim() == 2:  # (B·T, d): the rows one after another, so (B, T, d) again
+            x, output = unflattened(active, x), unflattened(active, output)
+        rows = rows_of(active, x, self.row_map)
         if any(not self.slots[entry.slot].trainable for entry in here):
             # A tensor made under inference_mode cannot take part in autograd later: each mode has its own.
             key = (self, self.bank_A.device, self.bank_A.dtype, torch.is_inference_mode_enabled())
@@ -216,22 +219,29 @@ class LoRASlots(nn.Module):
                 chosen = torch.tensor([row is entry for row in rows], device=output.device)
                 weight = chosen.view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
                 output = self._add_one(x, output, base, entry.slot, slot, weight)
-        return output
+        return output.reshape(shape)
 
     def _gather(self, rows: tuple[Entry | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """Each row's A (N, R, in; None of an embedding), B (N, out, R), slot (N,) and bias (N, out)."""
-        used = [e is not None and e.slot in self.slots and not self.slots[e.slot].trainable for e in rows]
-        mine = [e.slot if e is not None and here else 0 for e, here in zip(rows, used, strict=True)]
-        slots = torch.tensor(mine, device=self.bank_A.device)
-        mask = torch.tensor(used, device=slots.device).to(self.bank_B.dtype)
+        frozen = {index: slot for index, slot in self.slots.items() if not slot.trainable}
+        mine = [-1 if entry is None else entry.slot for entry in rows]
+        device, dtype = self.bank_A.device, self.bank_B.dtype
+
+        def chosen(wanted: set[int]) -> tuple[Tensor, Tensor]:
+            """Slots (N,), 0 where a row has none of the wanted, and 1 or 0 (N,) for whether it has."""
+            index = torch.tensor([i if i in wanted else 0 for i in mine], device=device)
+            return index, torch.tensor([i in wanted for i in mine], device=device).to(dtype)
+
+        slots, mask = chosen({index for index, slot in frozen.items() if slot.rank})
         A = B = bias = None
-        if self.bank_A.shape[0]:
+        if bool(mask.any()):
             bank_A, bank_B = self.bank_A, self.bank_B
             rank = min(bank_A.shape[1], bank_B.shape[2])  # another thread may be widening them one after the other
             A = None if self.kind == "embedding" else bank_A[slots, :rank]
             B = bank_B[slots, :, :rank] * mask.view(-1, 1, 1)
-        if self.bank_bias.shape[0]:
-            bias = self.bank_bias[slots] * mask.view(-1, 1)
+        biased, mask = chosen({index for index, slot in frozen.items() if slot.bias})
+        if bool(mask.any()):
+            bias = self.bank_bias[biased] * mask.view(-1, 1)
         return A, B, slots, bias
 
     def _add_gathered(
@@ -260,7 +270,8 @@ class LoRASlots(nn.Module):
         if not self.slots:
             return output
         traced = self.state.traced
-        slots, weights = active_rows(x, self.state) if traced is None else traced
+        by_token = self.row_map == "flat" and x.dim() == 2
+        slots, weights = active_rows(x, self.state, flat=by_token) if traced is None or by_token else traced
         ones = [1] * (output.dim() - 1)
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
@@ -300,6 +311,10 @@ def block_index(blocks: tuple[Any, ...], rank: int) -> tuple[Tensor, Tensor]:
         rows.append(index.view(-1, 1))
         columns.append(torch.arange(i * r, (i + 1) * r).expand(len(index), r))
     return torch.cat(rows), torch.cat(columns)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _grown(bank: Tensor, shape: tuple[int, ...]) -> Tensor:

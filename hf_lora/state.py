@@ -39,7 +39,9 @@ class Entry:
     name: str
     slot: int
     trainable: bool
-    record: Any = field(default=None, repr=False)  # what the model room keeps of it: config, and the value of a frozen adapter
+    record: Any = field(
+        default=None, repr=False
+    )  # what the model room keeps of it: config, and the value of a frozen adapter
     alive: bool = True
 
     def check(self) -> Entry:
@@ -165,16 +167,17 @@ class LoRAState:
 
 
 @torch.library.custom_op("hf_lora::active", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _active_op(x: Tensor, uid: int, width: int) -> tuple[Tensor, Tensor]:
+def _active_op(x: Tensor, uid: int, width: int, flat: bool) -> tuple[Tensor, Tensor]:
     state = _STATES.get(uid)
     active = NOTHING if state is None else state.current
-    key = ("rows", x.shape[0], x.device, width)
+    key = ("rows", x.shape[0], x.device, width, flat)
     if key not in active.cache:
         if active.rows is None:
             pairs = [[(e.check().slot, w) for e, w in active.mixture]] * x.shape[0]
         else:
-            check_rows(active.rows, x.shape[0])
-            pairs = [[] if e is None else [(e.check().slot, 1.0)] for e in active.rows]
+            each = x.shape[0] // len(active.rows) if flat else 1  # (B·T, d) has T rows for each of the batch
+            check_rows(active.rows, x.shape[0] / max(each, 1))
+            pairs = [[] if e is None else [(e.check().slot, 1.0)] for e in active.rows for _ in range(each)]
         columns = width or max(len(active.mixture), 1)
         pairs = [row + [(0, 0.0)] * (columns - len(row)) for row in pairs]
         slots = torch.tensor([[s for s, _ in row] for row in pairs], dtype=torch.int64, device=x.device)
@@ -185,29 +188,31 @@ def _active_op(x: Tensor, uid: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @_active_op.register_fake
-def _(x: Tensor, uid: int, width: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, uid: int, width: int, flat: bool) -> tuple[Tensor, Tensor]:
     columns = width or torch.library.get_ctx().new_dynamic_size(min=1)
     return x.new_empty((x.shape[0], columns), dtype=torch.int64), x.new_empty(
         (x.shape[0], columns), dtype=torch.float32
     )
 
 
-def active_rows(x: Tensor, state: LoRAState) -> tuple[Tensor, Tensor]:
+def active_rows(x: Tensor, state: LoRAState, *, flat: bool = False) -> tuple[Tensor, Tensor]:
     """What is active when the graph runs: slots (N, K) int64 and weights (N, K) float32, N the rows of `x`.
+
+    `flat`: x is (B·T, d), the rows of the batch one after another.
 
     K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. Without gradients K is a size that
     the graph learns when it runs. With them it is the widest mixture this model has seen: inductor cannot save for
     backward a size that depends on the data.
     """
-    pair: tuple[Tensor, Tensor] = _active_op(x.detach(), state.uid, state.width if torch.is_grad_enabled() else 0)
+    pair: tuple[Tensor, Tensor] = _active_op(x.detach(), state.uid, state.width if torch.is_grad_enabled() else 0, flat)
     return pair
 
 
-def check_rows(rows: tuple[Entry | None, ...], batch: int) -> None:
+def check_rows(rows: tuple[Entry | None, ...], batch: float) -> None:
     """Raise `LoRARouteError` unless the route has one entry for each row of the batch."""
     if len(rows) != batch:
         raise LoRARouteError(
-            f"The route names {len(rows)} rows, but the layer's input has {batch}.",
+            f"The route names {len(rows)} rows, but the layer's input has {batch:g}.",
             value=len(rows),
             expected=batch,
             remedy="Name one adapter (or None) for each row of the batch, in its order.",

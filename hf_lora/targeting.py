@@ -20,7 +20,7 @@ from .matching import Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
 from .survey import Layer, Survey, survey
 
-__all__ = ["LayerInfo", "Resolution", "Target", "describe_layer", "inner_paths", "resolve", "roles_of"]
+__all__ = ["LayerInfo", "Resolution", "Target", "describe_layer", "resolve", "roles_of", "row_maps"]
 
 _ALL_LINEAR = "all-linear"
 
@@ -387,10 +387,19 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return [path for path in unique if not any(path.startswith(f"{other}.") for other in unique)]
 
 
-def inner_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Those of `paths` whose layers run inside another batch than the user's rows (vision towers, experts)."""
-    model_type = getattr(vars(model).get("config"), "model_type", None)
-    return [path for path in paths if _is_inner(model_type, model, path)]
+def row_maps(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """How the rows of a layer's batch come from the user's: "batch", "flat" (B·T, …) or "inner" (no known way).
+
+    A layer is "inner" that runs inside another batch (images of a vision tower, tokens of an expert).
+    """
+    config = vars(model).get("config")
+    model_type = getattr(config, "model_type", None)
+    text_type = getattr(getattr(config, "text_config", None), "model_type", model_type)
+    flat = arch.FLATTENED.get(text_type or "", frozenset())
+    return {
+        path: "inner" if _is_inner(model_type, model, path) else "flat" if path.rpartition(".")[2] in flat else "batch"
+        for path in paths
+    }
 
 
 def _is_inner(model_type: str | None, model: nn.Module, path: str) -> bool:

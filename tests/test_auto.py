@@ -266,9 +266,10 @@ def test_a_lora_that_we_do_not_compute_goes_through_peft(saved, peft, tmp_path, 
         assert torch.equal(ours[key], saved_tensors[f"base_model.model.{part}.default.{leaf}"])
 
 
-def test_no_base_named(saved):
+@pytest.mark.parametrize("base", [None, ""])
+def test_no_base_named(saved, base):
     _, folder, _ = saved()
-    rewrite(folder, base_model_name_or_path=None)
+    rewrite(folder, base_model_name_or_path=base)
     for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
         with pytest.raises(LoRAConfigError, match="which base") as caught:
             load(folder)

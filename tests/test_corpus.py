@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from hf_lora import LoRAAdapter, LoRAConfig, LoRAConfigError, LoRAError, LoRAFileError, LoRAUnsupportedError
 
-# The published hyper-parameters of each base. Vocabularies, positions and inner MLP sizes are cut where no adapter tensor
-# has their size.
+# The published hyper-parameters of each base. Vocabulary, positions and inner MLP size are cut where no tensor of the
+# adapter has their size.
 _GPT2 = {"vocab_size": 600, "n_positions": 32, "n_inner": 96, "pad_token_id": 0}
 _DISTILBERT = {"vocab_size": 600, "max_position_embeddings": 32, "hidden_dim": 96, "num_labels": 2}
 _GEMMA3_270M = {

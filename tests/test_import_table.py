@@ -45,16 +45,16 @@ TABLE: dict[str, str] = {
     "store": "config errors layout safefile values",
     "hub": "errors store values",
     # a value on a model
-    "initial": "config errors fitting targeting values weights",
-    "fitting": "config errors layers state targeting values",
+    "initial": "config errors fitting layerinfo targeting values weights",
+    "fitting": "config errors layerinfo layers state targeting values",
     "model": "config errors fitting initial layers slots state targeting values weights",
     "switching": "errors model state",
     "merging": "errors layers model state switching targeting weights",
-    "summary": "errors model slots state switching targeting values",
-    "loading": "errors hub layers model store values",
+    "summary": "errors layerinfo model slots state switching targeting values",
+    "loading": "errors hub layerinfo layers model store values",
     "adapter": "errors hub loading store values",
     # transformers
-    "integrations": "config errors layers loading model slots state store switching values",
+    "integrations": "config errors layerinfo layers loading model slots state store switching values",
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
     "hf_lora": "adapter config errors mixin",  # the package's own __init__
     # thin, and free to import anything

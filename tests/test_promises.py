@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import shutil
@@ -102,10 +103,11 @@ def test_after_training_and_removal_the_base_is_as_it_was_bit_for_bit() -> None:
     before.assert_same(model)
 
 
-def test_odd_bits_of_the_base_survive_minus_zero_nan_and_subnormals() -> None:
-    model = build("llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", ROUND, ids=str)
+def test_odd_bits_of_the_base_survive_minus_zero_nan_and_subnormals(dtype: torch.dtype) -> None:
+    model = build("llama", dtype=dtype)
     weight = model.model.layers[0].self_attn.k_proj.weight.data
-    weight[0, :4] = torch.tensor([-0.0, float("nan"), 1e-40, -float("inf")])
+    weight[0, :4] = torch.tensor([-0.0, float("nan"), 1e-7 if dtype == torch.float16 else 1e-40, -float("inf")])
     before = Snapshot(model)
     model.add_lora(LoRAConfig(r=2, target_modules="all-linear"))
     disturb(model)
@@ -223,6 +225,22 @@ def test_a_merge_of_a_non_finite_adapter_changes_nothing(bad: float, where: str)
     model.set_lora(None)
 
 
+@pytest.mark.parametrize("leaf", ["bias", "classifier"])
+def test_a_merge_of_a_non_finite_bias_or_head_changes_nothing(leaf: str) -> None:
+    model = build("bert-cls")
+    model.add_lora(LoRAConfig(r=2, target_modules=["q", "v"], bias="lora_only"))
+    disturb(model)
+    named = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
+    next(p for path, p in named if leaf in path and ("lora_slots" in path) == (leaf == "bias")).data.view(-1)[1] = (
+        float("nan")
+    )
+    before = Snapshot(model)
+    with pytest.raises(LoRAError):
+        model.eval().merge_lora()
+    before.assert_same(model)
+    model.set_lora(None)
+
+
 def test_a_merge_that_would_overflow_changes_nothing() -> None:
     model = build("llama", dtype=torch.float16)
     model.add_lora(LoRAConfig(r=2, target_modules="all-linear"))
@@ -295,6 +313,17 @@ def _drop(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[str]:
     return ["layers.1.self_attn.q_proj", "lora_B"]
 
 
+def _drop_pair(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[str]:
+    for key in [key for key in tensors if "layers.1.self_attn.v_proj" in key]:
+        del tensors[key]
+    return ["model.layers.1.self_attn.v_proj"]
+
+
+def _drop_head(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[str]:
+    config["modules_to_save"] = ["lm_head"]
+    return ["lm_head"]
+
+
 def _extra(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[str]:
     tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.ones(3, 32)
     tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight"] = torch.ones(32, 3)
@@ -349,6 +378,8 @@ def _bias_without_owner(tensors: dict[str, Tensor], config: dict[str, Any]) -> l
 
 BROKEN: tuple[Callable[[dict[str, Tensor], dict[str, Any]], list[str]], ...] = (
     _drop,
+    _drop_pair,
+    _drop_head,
     _extra,
     _unknown,
     _shape_in,
@@ -386,6 +417,33 @@ def test_loading_is_all_or_nothing(broken: Any, trainable: bool, resident: bool,
     assert model.lora_names == (("good",) if resident else ())
     assert torch.equal(logits(model, batch), computed)
     assert model.load_lora(tmp_path / "good", name="after", trainable=trainable) == "after"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_value_that_is_not_finite_is_not_loaded_either(part: str, bad: float, tmp_path: Path) -> None:
+    value = LoRAAdapter.load(adapter("llama", tmp_path / "task"))
+    path, factors = list(value.factors.items())[-1]
+    spoilt = getattr(factors, part).clone()
+    spoilt[0, -1] = bad
+    value = dataclasses.replace(value, factors={**value.factors, path: dataclasses.replace(factors, **{part: spoilt})})
+    model = build("llama")
+    before = Snapshot(model)
+    with pytest.raises(LoRAMismatchError, match=path):
+        model.load_lora(value)
+    before.assert_same(model)
+
+
+def test_factors_that_the_bases_dtype_cannot_hold_are_not_loaded(tmp_path: Path) -> None:
+    tuned = build("llama")
+    tuned.add_lora(LoRAConfig(r=2, target_modules=["q", "v"]))
+    disturb(tuned, std=3e4)
+    tuned.save_lora(tmp_path / "task")  # finite in float32, beyond 65504 in float16
+    model = build("llama", dtype=torch.float16)
+    before = Snapshot(model)
+    with pytest.raises(LoRAError, match="float16"):
+        model.load_lora(tmp_path / "task")
+    before.assert_same(model)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert-cls", "qwen3", "t5"])

@@ -38,7 +38,7 @@ EMBEDDINGS = {
     "gemma3": "embed_tokens",
     "gpt2": "wte",
     "bloom": "word_embeddings",
-    "opt": "embed_positions",
+    "opt": "embed_tokens",
     "bert-cls": "word_embeddings",
     "t5": "shared",
     "bart": "embed_tokens",

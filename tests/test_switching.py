@@ -138,6 +138,33 @@ def test_a_mistake_is_one_clear_error_and_changes_nothing(model: Any, batch: Any
         assert torch.equal(logits(model, inputs), before)
 
 
+def test_positions_that_make_their_own_ids_are_refused(tiny: Any) -> None:
+    with pytest.raises(LoRAError, match="something else than the ids"):
+        tiny("opt").add_lora(LoRAConfig(r=2, target_modules=["embed_positions"]))
+
+
+def test_rows_that_the_model_flattens_are_routed_and_compiled(tiny: Any, batch: Any) -> None:
+    configs = {
+        "a": LoRAConfig(r=2, target_modules=["fc1", "fc2"]),
+        "b": LoRAConfig(r=3, target_modules=["fc2"], bias="all"),
+    }
+    model = with_adapters(tiny("opt"), configs)  # OPT runs fc1, fc2 and a norm on (B·T, d)
+    inputs, alone = batch(model, 3), {}
+    for name in ("a", "b", None):
+        with model.use_lora(name):
+            alone[name] = logits(model, inputs)
+    expected = torch.stack([alone["b"][0], alone[None][1], alone["a"][2]])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for trains in ([], ["a"]):
+        model.train_lora(trains)
+        with model.route_lora(["b", None, "a"]):
+            for run in (model, compiled):
+                found = logits(run, inputs, use_cache=False)
+                assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        with model.route_lora(["a", "b"]), pytest.raises(LoRARouteError, match="names 2 rows"):
+            logits(model, inputs)
+
+
 def test_a_model_without_a_lora_says_so(tiny: Any) -> None:
     model = tiny("llama")
     assert model.lora_names == ()
@@ -239,7 +266,7 @@ def test_a_route_through_experts_is_refused(batch: Any) -> None:
     model.add_lora(LoRAConfig(r=2, target_modules=["o_proj"]), "a")
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.lora_slots.inner = True  # as targeting marks a tower's or an expert's layers
+            module.lora_slots.row_map = "inner"  # as targeting marks a tower's or an expert's layers
     with model.route_lora(["a", None]), pytest.raises(LoRARouteError, match="no row map"):
         logits(model, batch(model))
 

@@ -74,11 +74,11 @@ def _checked(find: Callable[..., str | None]) -> Callable[..., str | None]:
             if error.name == "peft_type" and _whole_model(model_id) and not adapters.peft_installed():
                 return None
             raise
-        if config.base_model is None and not _whole_model(model_id):
+        if not config.base_model and not _whole_model(model_id):
             raise LoRAConfigError(
                 f"The adapter {str(model_id)!r} does not say which base model it belongs to.",
                 name="base_model_name_or_path",
-                value=None,
+                value=config.base_model,
                 expected="a folder, or 'user/name'",
                 remedy="Load the base with from_pretrained() and the adapter with model.load_lora().",
             )

@@ -145,7 +145,7 @@ def measure(
 
     prompts = [prompter.prompt(example, shots) for example in examples]
     losses, texts = [0.0] * len(examples), [""] * len(examples)
-    for batch in batches([len(prompt) + new_tokens for prompt in prompts], 4096):
+    for batch in batches([len(prompt) + new_tokens for prompt in prompts], 3072):
         with torch.inference_mode():
             read = _read(model, [prompts[i] for i in batch], prompter.tokenizer.pad_token_id)
             found = _losses(model, copy.deepcopy(read), [prompter.answer(examples[i]) for i in batch])

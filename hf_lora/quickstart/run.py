@@ -66,7 +66,8 @@ def journey(
     record = earlier_run(settings, fresh=fresh)
     if record is not None and record["state"] == "finished":
         shutil.rmtree(settings.out / CHECKPOINTS, ignore_errors=True)  # an interruption may have come before this
-        console.print(f"{settings.out} holds a finished run. `--fresh` starts over, another `--out` keeps it.\n")
+        kept = f"{settings.out} holds a finished run. `--fresh` starts over, another `--out` keeps it.\n"
+        console.print(kept, markup=False, highlight=False)
         return _report(console, record, settings)
     run = _Run(settings, console, record)
     try:
@@ -97,7 +98,8 @@ class _Run:
     def go(self, base: bases.Base | None, data: TaskData | None) -> None:
         settings, console = self.settings, self.console
         if self.resumed:
-            console.print(f"{settings.out} holds an interrupted run: {self._done()}. Going on from there.")
+            earlier = f"{settings.out} holds an interrupted run: {self._done()}. Going on from there."
+            console.print(earlier, markup=False, highlight=False)
         with self._stage("finding the base model"):
             base = base or bases.find_base()
         console.print(f"Base: [bold]{base.model_id}[/bold] from {base.origin}.", highlight=False)
@@ -105,7 +107,7 @@ class _Run:
             data = data or settings.load_data()
         console.print(f"Task: [bold]{data.title}[/bold].", highlight=False)
         for fact in data.facts:
-            console.print(f"  {fact}", highlight=False, style="dim")
+            console.print(f"  {fact}", highlight=False, markup=False, style="dim")
         with self._stage(f"{base.arriving} the base model", spinner=True):
             model, tokenizer = bases.load_model(base), bases.load_tokenizer(base)
             config = model.config.__class__.from_dict(model.config.to_dict())
@@ -296,9 +298,8 @@ def _report(console: Any, record: dict[str, Any], settings: Settings) -> int:
     report.show_proofs(console, record)
     report.show_before_after(console, record)
     minutes = sum(record["seconds"].values()) / 60
-    console.print(
-        f"All of it took {minutes:.1f} minutes; every number is in {settings.out / RECORD}.\n", highlight=False
-    )
+    took = f"All of it took {minutes:.1f} minutes; every number is in {settings.out / RECORD}.\n"
+    console.print(took, markup=False, highlight=False)
     if not lost and not broken:
         console.print(
             "[bold green]The adapter beats the base and every baseline by more than the error.[/bold green]\n"

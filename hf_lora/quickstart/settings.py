@@ -137,7 +137,7 @@ def _refuse_changes(before: dict[str, Any], settings: Settings) -> None:
             name="--out",
             value=str(settings.out),
             facts=changed,
-            remedy="Ask for the same again, start over with --fresh, or choose another --out.",
+            remedy="Give the earlier options again, start over with --fresh, or choose another --out.",
         )
 
 

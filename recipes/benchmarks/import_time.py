@@ -1,0 +1,48 @@
+"""What `import hf_lora` costs beyond `from transformers import PreTrainedModel`, in fresh interpreters.
+
+    python recipes/benchmarks/import_time.py [--runs 11]
+
+Each run starts Python once and times both imports in it, one after the other. Prints a table of medians, and fails if the
+package pulled in what it must leave alone (Trainer, datasets, evaluate, gradio, peft).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+
+PROBE = """
+import json, sys, time
+start = time.perf_counter()
+from transformers import PreTrainedModel
+middle = time.perf_counter()
+before = set(sys.modules)
+import hf_lora
+end = time.perf_counter()
+untouched = ("transformers.trainer", "datasets", "evaluate", "gradio", "peft", "typer", "rich")
+print(json.dumps([middle - start, end - middle, [m for m in untouched if m in sys.modules and m not in before]]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=11)
+    runs = parser.parse_args().runs
+    base, ours = [], []
+    for _ in range(runs + 1):  # the first one warms the disk cache and is not counted
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+        first, second, pulled = json.loads(done.stdout)
+        if pulled:
+            sys.exit(f"import hf_lora imported {', '.join(pulled)}")
+        base.append(first)
+        ours.append(second)
+    print("| import | median s | min s | max s |\n|---|---|---|---|")
+    for name, times in (("from transformers import PreTrainedModel", base[1:]), ("import hf_lora, after it", ours[1:])):
+        print(f"| `{name}` | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} |")
+
+
+if __name__ == "__main__":
+    main()
