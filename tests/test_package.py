@@ -95,9 +95,9 @@ print("alone")
 COST = """
 import time
 from transformers import PreTrainedModel
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import hf_lora
-took = time.perf_counter() - start
+took = time.process_time() - start
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 late = {"transformers.trainer", "transformers.pipelines", "transformers.models.auto.auto_factory"} & set(sys.modules)
 print(took, *sorted(new | (late - before)))
@@ -106,14 +106,15 @@ HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "rich",
 
 
 def test_the_import_is_cheap():
+    """In seconds of CPU, as other tests use the same cores; recipes/benchmarks/import_time.py times it by the clock."""
     took = []
-    for _ in range(7):  # the fastest of some: other processes make it slower, nothing makes it faster
+    for _ in range(3):
         seconds, *new = python(COST).split()
         assert not {name for name in new if name in HEAVY or name.startswith("transformers.")}
         took.append(float(seconds))
-        if min(took) <= 0.15:
-            break
-    assert min(took) <= 0.15, f"import hf_lora took {took} seconds beyond PreTrainedModel"
+        if took[-1] <= 0.15:
+            return
+    raise AssertionError(f"import hf_lora took {took} seconds beyond PreTrainedModel")
 
 
 # ---- the repository --------------------------------------------------------------------------------------------------

@@ -585,7 +585,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
 
 
 def go(out: Path, tiny_base: TinyBase, console: Console | None = None, **changes: Any) -> int:
-    recipe = Recipe(**{"steps": 6, "save_steps": 2, "batch_size": 4, "rank": 4, **changes})
+    recipe = Recipe(**{"steps": 6, "save_steps": 2, "batch_size": 8, "rank": 4, **changes})
     return journey(Settings(out=out, recipe=recipe), base=tiny_base, data=small_task(), console=console or quiet())
 
 
@@ -711,7 +711,7 @@ def test_a_resumed_run_about_other_data_is_refused(
             go(tmp_path / "out", tiny_base)
     with pytest.raises(SettingsError, match="the data"):
         journey(
-            Settings(out=tmp_path / "out", recipe=Recipe(steps=6, save_steps=2, batch_size=4, rank=4)),
+            Settings(out=tmp_path / "out", recipe=Recipe(steps=6, save_steps=2, batch_size=8, rank=4)),
             base=tiny_base,
             data=small_task(heldout=7),
             console=quiet(),

@@ -38,9 +38,8 @@ def show_results(console: Console, record: Mapping[str, Any], comparisons: list[
     for note in notes:
         console.print(f"  {escape(note)}", style="dim")
     console.print(
-        f"  ± is the 95 % error of the paired difference, whole {unit}s resampled together; a higher ROUGE-L "
-        "and a lower "
-        "loss are better.",
+        f"  ± is the 95 % error of the paired difference, whole {unit}s being the independent units; a higher ROUGE-L "
+        "and a lower loss are better.",
         style="dim",
     )
 

@@ -16,6 +16,7 @@ from .evaluate import collate
 
 __all__ = ["Recipe", "complete_checkpoint", "remove_incomplete", "train"]
 
+_AT_ONCE = 4  # examples of a step whose activations are in memory together
 _COMPLETE = "complete"  # this file in a checkpoint says that all others are written
 
 
@@ -90,7 +91,8 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=min(_AT_ONCE, recipe.batch_size),
+        gradient_accumulation_steps=max(1, recipe.batch_size // _AT_ONCE),
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=min(recipe.warmup, recipe.steps // 2),
