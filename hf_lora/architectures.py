@@ -33,6 +33,8 @@ __all__ = [
     "INNER_PARTS",
     "MLP_ROLES",
     "PEFT_DEFAULTS",
+    "POSITIONS",
+    "SHARED_EXPERTS",
     "PEFT_HEADS",
     "PRETRAINED_HEADS",
     "ROLES",
@@ -316,6 +318,12 @@ DUAL_ENCODERS = frozenset({"clip", "siglip", "siglip2", "chinese_clip", "altclip
 
 FLATTENED = {"opt": frozenset({"fc1", "fc2", "final_layer_norm"})}
 """Layers that an architecture runs on (B·T, d), the rows of the batch one after another, instead of (B, T, d)."""
+
+SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts"})
+"""Parts that a mixture of experts may run on (B·T, d), the rows of the batch one after another."""
+
+POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn")
+"""Embeddings that are looked up by place, once for all rows."""
 
 INNER_PARTS = frozenset(
     {

@@ -14,9 +14,9 @@ from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve, row_maps
 from .values import AdapterValue
-from .weights import compute_dtype
+from .weights import compute_dtype, materialised
 
-__all__ = ["Plan", "adds_bias", "head_problems", "make_plan", "own_state"]
+__all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state"]
 
 
 @dataclass
@@ -92,7 +92,7 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
     return Plan(
         modules,
         infos,
-        row_maps(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases)]),
+        row_maps(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases), *value.modules]),
     )
 
 
@@ -117,11 +117,17 @@ def _missing(model: nn.Module, value: AdapterValue) -> list[str]:
     """What the config names on this model and the file does not hold."""
     found = resolve(model, value.config, from_file=True)
     targets = [target.path for target in found.targets if target.path not in value.factors]
-    return [f"{path}: the config names it, the file has no factors for it" for path in targets] + [
-        f"{path}: the config names it (modules_to_save), the file does not hold it"
-        for path in found.heads
-        if path not in value.modules
-    ]
+    biases = [f"{path}.bias" for path in value.factors if getattr(model.get_submodule(path), "bias", None) is not None]
+    wanted = [path for path in biases if value.config.bias != "none" and path not in value.biases]
+    return (
+        [f"{path}: the config names it, the file has no factors for it" for path in targets]
+        + [
+            f"{path}: the config names it (modules_to_save), the file does not hold it"
+            for path in found.heads
+            if path not in value.modules
+        ]
+        + [f"{path}: the config trains it (bias={value.config.bias!r}), the file does not hold it" for path in wanted]
+    )
 
 
 def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:
@@ -160,6 +166,14 @@ def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor) -> 
     return [f"{path}: the file carries an embedding that differs from this base's, so it was made on another base"]
 
 
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the module's state dict as it is in the base, offloaded tensors included."""
+    return {
+        key: materialised(module.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2])
+        for key in own_state(module)
+    }
+
+
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's state dict as it is in the base."""
     return {k: v for k, v in module.state_dict().items() if not is_held(k)}
@@ -185,4 +199,6 @@ def _remedy(value: AdapterValue, modules: Mapping[str, nn.Module]) -> str:
 def adds_bias(module: nn.Module) -> bool:
     """Whether the layer simply adds its bias to its output, so that an adapter can change it there."""
     info = describe_layer(module)
+    if isinstance(module, nn.LayerNorm):  # a subclass with a forward of its own may have its channels elsewhere
+        return getattr(type(module), "lora_base", type(module)).forward is nn.LayerNorm.forward
     return isinstance(module, BIAS_ADDED) or (info is not None and info.kind != "embedding")

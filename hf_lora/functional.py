@@ -17,7 +17,6 @@ __all__ = [
     "grouped_low_rank_reference",
     "low_rank",
     "place_blocks",
-    "weight_delta",
 ]
 
 
@@ -81,9 +80,3 @@ def place_blocks(compact: Tensor, rows: Tensor, columns: Tensor, out_features: i
         (out_features, R), differentiable in `compact`.
     """
     return compact.new_zeros(out_features, rank).index_put((rows, columns), compact)
-
-
-def weight_delta(A: Tensor, B: Tensor) -> Tensor:
-    """ΔW = B A, (out, in), computed in float32 (float64 if the factors are). B holds the scaling."""
-    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    return B.to(dtype) @ A.to(dtype)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .fitting import adds_bias, own_state
+from .fitting import adds_bias, base_state
 from .layerinfo import is_held
 from .targeting import Resolution
 from .values import AdapterValue, Block, Factors
-from .weights import compute_dtype, device_of
+from .weights import compute_dtype, device_of, materialised
 
 __all__ = ["initial_value"]
 
@@ -39,10 +39,8 @@ def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> Ad
         alpha = target.alpha * (math.sqrt(n) if config.use_rslora else n)
         kind = "embedding" if embedding else "linear"
         factors[target.path] = Factors(kind, A, B, alpha, config.use_rslora, blocks)  # type: ignore[arg-type]
-    biases = {
-        path: parameter.detach().cpu().clone() for path, parameter in _biases(model, config, set(factors), found.heads)
-    }
-    heads = {path: {k: v.detach().cpu().clone() for k, v in own_state(modules[path]).items()} for path in found.heads}
+    biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
+    heads = {path: base_state(modules[path]) for path in found.heads}
     if any(target.info.kind == "conv1d" for target in found.targets):
         config = config.replace(fan_in_fan_out=True)
     if config.base_model is None:
@@ -66,8 +64,8 @@ def _initialise(A: Tensor, B: Tensor, how: str, embedding: bool) -> None:
 
 def _biases(
     model: nn.Module, config: LoRAConfig, targets: set[str], heads: Iterable[str]
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """The bias vectors that the config trains, one name each."""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The bias vectors that the config trains, one name each, and the modules that own them."""
     if config.bias == "none":
         return
     modules, seen = dict(model.named_modules()), set()
@@ -83,4 +81,4 @@ def _biases(
         wanted = owner in targets if config.bias == "lora_only" else adds_bias(modules[owner])
         if wanted:
             seen.add(id(parameter))
-            yield path, parameter
+            yield path, modules[owner]

@@ -10,16 +10,16 @@ from torch import nn
 
 from .architectures import EXPERT_PARAMETERS
 
-__all__ = ["LayerInfo", "describe_layer", "is_held", "why_not"]
+__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "why_not"]
 
 
 # Names of the children that hf_lora gives to a module: what adapters hold is not part of the base.
-_HELD = frozenset({"lora_slots", "lora_heads"})
+HELD = frozenset({"lora_slots", "lora_heads"})
 
 
 def is_held(path: str) -> bool:
     """Whether a module's, parameter's or state-dict path lies within what adapters hold, rather than in the base."""
-    return not _HELD.isdisjoint(path.split("."))
+    return not HELD.isdisjoint(path.split("."))
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,9 @@ class LoRABias(LoRALinear):
 class LoRAHeads(nn.Module):
     """The adapters' own copies of a module that they train whole (a classification head, say), by slot."""
 
-    def __init__(self, state: LoRAState) -> None:
+    def __init__(self, state: LoRAState, row_map: str = "batch") -> None:
         super().__init__()
-        self.state = state
+        self.state, self.row_map = state, row_map
         self.copies = nn.ModuleDict()
 
     def put(self, index: int, copy: nn.Module, *, trainable: bool) -> None:
@@ -93,8 +93,10 @@ class LoRAHeads(nn.Module):
                 if str(entry.check().slot) in self.copies:
                     output = self.copies[str(entry.slot)](*args, **kwargs)
             return output
+        if not any(str(entry.check().slot) in self.copies for entry in active.entries):
+            return output
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        rows = rows_of(active, x)
+        rows = rows_of(active, x, self.row_map)
         for entry in active.entries:
             if str(entry.check().slot) in self.copies:
                 index = torch.tensor([i for i, row in enumerate(rows) if row is entry], device=x.device)
@@ -109,7 +111,7 @@ class LoRAHeads(nn.Module):
         return result
 
     def _run_compiled(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        slots, weights = active_rows(output, self.state)
+        slots, weights = active_rows(output, self.state, self.row_map)
         for key, copy in self.copies.items():
             chosen = ((slots == int(key)) & (weights != 0)).any(1)
             output = torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), copy(*args, **kwargs), output)

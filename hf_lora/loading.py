@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_lora(
         LoRAUnsupportedError: a kind of adapter that hf_lora does not compute. LoRANameError: the name is taken.
     """
     if isinstance(source, AdapterValue):
-        value, called = source, "default"
+        value, called = source.copy(), "default"
     else:
         value = read_source(source, allow_pickle=allow_pickle, **options)
         folder = Path(source)
@@ -118,17 +119,17 @@ def read_adapter_of(model: nn.Module, name: str | None = None) -> AdapterValue:
 
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, as `save_lora` writes them (copies, on the CPU)."""
-    return store.to_state_dict(read(model, _chosen(model, name)))
+    return store.to_state_dict(read(model, _chosen(model, name)).copy())
 
 
 def _chosen(model: nn.Module, name: str | None) -> str:
     state = require(model)
     if name is not None:
         return state.entry(name).name
-    active = [entry.name for entry in state.default.entries]
-    for names in (list(state.entries), active):
-        if len(names) == 1:
-            return names[0]
+    active = state.current if state.merged is None else state.default
+    for entries in (list(state.entries.values()), active.entries):
+        if len(entries) == 1:
+            return entries[0].name
     raise LoRANameError(
         f"There are {len(state.entries)} adapters on this model: {', '.join(map(repr, state.entries))}.",
         value=None,
@@ -140,7 +141,7 @@ def _chosen(model: nn.Module, name: str | None) -> str:
 def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
     """The value with a config that means the same modules to PEFT, which knows names and no roles."""
     config = value.config.replace(
-        target_modules=_closed_names(model, value.factors),
+        target_modules=_targets(model, set(value.factors)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -152,42 +153,47 @@ def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
 def _closed_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """The shortest names that mean these modules alone: `q_proj` where every q_proj is meant, else whole paths."""
     paths = set(paths)
-    others = {
-        path.rpartition(".")[2]
-        for path, _ in model.named_modules(remove_duplicate=False)
-        if path not in paths and not is_held(path)
-    }
-    return sorted({path if (last := path.rpartition(".")[2]) in others else last for path in paths})
+    others = [
+        path for path, _ in model.named_modules(remove_duplicate=False) if path not in paths and not is_held(path)
+    ]
+    lasts = {path.rpartition(".")[2] for path in others}
+    return sorted({path if (last := path.rpartition(".")[2]) in lasts else last for path in paths})
+
+
+def _targets(model: nn.Module, paths: Iterable[str]) -> list[str] | str:
+    """The names of targets; a regular expression where a whole path would also be the end of another's."""
+    names = _closed_names(model, paths)
+    ends = tuple(f".{name}" for name in names if name in paths)
+    others = (path for path, _ in model.named_modules(remove_duplicate=False) if path not in paths)
+    if not any(path.endswith(ends) for path in others):
+        return names
+    return "|".join(re.escape(path) for path in sorted(paths))
 
 
 # ---- a checkpoint: every adapter that trains ------------------------------------------------------------------------
 
 
-def _checkpointed(model: nn.Module) -> tuple[str, list[str]]:
-    """The adapter at a checkpoint's root, and those in subfolders: all that train, or what is active if none does."""
+def _checkpointed(model: nn.Module) -> list[str]:
+    """The adapters of a checkpoint: all that train, or those active (or all there are) if none does."""
     state = require(model)
     training = [entry.name for entry in state.entries.values() if entry.trainable]
-    active = [entry.name for entry in state.default.entries]
-    first = next((name for name in active if name in training), (training or active or list(state.entries))[0])
-    return first, [name for name in training if name != first]
+    return training or [entry.name for entry in state.default.entries] or list(state.entries)
 
 
-def _folder(name: str) -> str:
-    return "lora-" + urllib.parse.quote(name, safe="")
+def _folders(model: nn.Module, directory: PathLike) -> dict[str, Path]:
+    """Where each adapter of a checkpoint lies: one alone at the root, several in a folder each."""
+    names = _checkpointed(model)
+    if len(names) == 1:
+        return {names[0]: Path(directory)}
+    return {name: Path(directory) / ("lora-" + urllib.parse.quote(name, safe="")) for name in names}
 
 
 def save_checkpoint(model: nn.Module, directory: PathLike) -> None:
-    """Write every adapter that trains: the active one at the root, further ones in subfolders."""
-    first, others = _checkpointed(model)
-    for name in others:
-        save_lora(model, Path(directory) / _folder(name), name)
-    save_lora(model, directory, first)
+    """Write every adapter that trains: one alone at the root, several in a folder each."""
+    for name, folder in _folders(model, directory).items():
+        save_lora(model, folder, name)
 
 
 def load_checkpoint(model: nn.Module, directory: PathLike) -> None:
-    """Put back, into the same Parameters, what `save_checkpoint` wrote."""
-    first, others = _checkpointed(model)
-    values = {name: store.read_adapter(Path(directory) / _folder(name)) for name in others}
-    values[first] = store.read_adapter(directory)
-    for name, value in values.items():
-        refill(model, name, value)
+    """Put back, into the same Parameters, what `save_checkpoint` wrote: all of it, or nothing."""
+    refill(model, {name: store.read_adapter(folder) for name, folder in _folders(model, directory).items()})

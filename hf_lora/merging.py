@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LoRAStateError, LoRAUnsupportedError
+from .layerinfo import is_held
 from .layers import LoRAHead, LoRALinear
 from .model import read, require
 from .state import Active
-from .switching import Which, described, selection
+from .switching import Which, selection
 from .targeting import describe_layer
 from .weights import MergeRecord, device_of, merge, mergeable, unmerge
 
@@ -61,8 +62,10 @@ def merge_lora(model: nn.Module, which: Which = None) -> Merged:
     with state.lock:
         merged, modules = Merged(active), dict(model.named_modules())
         pairs = _pairs(model, active)
-        for path in pairs:
-            _refuse_tied(model, path, pairs)
+        whole = [path for entry, _ in active.mixture for path in entry.record.biases]
+        for head in [path for entry, _ in active.mixture for path in entry.record.heads]:
+            whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
+        _refuse_tied(model, [*(f"{path}.weight" for path in pairs), *whole])
         _refuse_not_finite(model, active)
         try:
             for path, (A, B) in pairs.items():
@@ -109,21 +112,25 @@ def _transposed(module: nn.Module) -> bool:
     return info is not None and info.kind in ("conv1d", "embedding")
 
 
-def _refuse_tied(model: nn.Module, path: str, pairs: dict[str, Any]) -> None:
-    weight = getattr(model.get_submodule(path), "weight", None)
-    others = [
-        owner
-        for owner, module in model.named_modules()
-        if owner != path and weight is not None and module._parameters.get("weight") is weight
-    ]
-    if others:
-        raise LoRAUnsupportedError(
-            f"{path}: its weight is tied to {', '.join(others)}, which the adapter does not change; a merge would "
-            "change both.",
-            name=path,
-            value=others,
-            remedy="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
-        )
+def _refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse parameters that another module uses too: it would change with a merge, and was not to."""
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_held(path):
+            owners.setdefault(id(parameter), []).append(path)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in paths:
+        owner, _, leaf = path.rpartition(".")
+        module = modules[owner]
+        names = owners.get(id(module._parameters.get(leaf)), [])
+        others = [name for name in names if modules[name.rpartition(".")[0]] is not module]
+        if others:
+            raise LoRAUnsupportedError(
+                f"{owner}: its {leaf} is tied to {', '.join(others)}; a merge would change both.",
+                name=path,
+                value=others,
+                remedy="Untie them first (tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
+            )
 
 
 def _refuse_not_finite(model: nn.Module, active: Active) -> None:
@@ -179,9 +186,3 @@ def _undo(model: nn.Module, merged: Merged) -> None:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in merged.tensors.items():
         tensors[name].detach().copy_(value)
-
-
-def merged_names(model: nn.Module) -> Any:
-    """What is merged, in the form that `set_lora` takes; None if nothing is."""
-    merged = require(model).merged
-    return None if merged is None else described(merged.active)

@@ -116,7 +116,7 @@ class LoRAMixin:
 
     def no_lora(self: Any) -> AbstractContextManager[nn.Module]:
         """Within the block, in this thread or task alone, the model is its base."""
-        return switching.use_lora(self, None)
+        return switching.no_lora(self)
 
     def route_lora(self: Any, names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
         """Within the block, row i of every batch goes through `names[i]`; None is the base alone."""
@@ -136,7 +136,10 @@ class LoRAMixin:
 
     def remove_lora(self: Any, name: str | None = None) -> None:
         """Take one adapter off, or all; without any, the model is what it was, bit for bit. Unmerges first."""
-        if placing.require(self).merged is not None:
+        state = placing.require(self)
+        if name is not None:
+            state.entry(name)
+        if state.merged is not None:
             merging.unmerge_lora(self)
         placing.remove(self, name)
         pretrained.detached(self)
@@ -145,7 +148,7 @@ class LoRAMixin:
         """One adapter as a value, apart from the model (copies, on the CPU)."""
         from .adapter import LoRAAdapter
 
-        return LoRAAdapter.of(loading.read_adapter_of(self, name))
+        return LoRAAdapter.of(loading.read_adapter_of(self, name).copy())
 
     def lora_state_dict(self: Any, name: str | None = None) -> dict[str, Tensor]:
         """One adapter's tensors under PEFT's names (copies, on the CPU)."""

@@ -17,12 +17,13 @@ from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRAStateError, LoRAUnsupportedError
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
+from .layerinfo import HELD
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
 from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState
 from .targeting import LayerInfo, Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
-from .weights import compute_dtype, device_of
+from .weights import compute_dtype, device_of, materialised
 
 __all__ = ["Resident", "add", "put", "read", "refill", "remove", "require", "state_of", "train"]
 
@@ -101,7 +102,11 @@ def add(
     entry = state.entry(name)
     entry.record.skipped, entry.record.architecture = found.skipped, found.architecture
     if trainable:
-        train(model, [name])
+        try:
+            train(model, [name])
+        except BaseException:  # another adapter could not be frozen: nothing is added
+            remove(model, name)
+            raise
     if active:
         state.default = Active(((entry, 1.0),))
     return found
@@ -153,6 +158,8 @@ def put(
                 value=name,
                 remedy="Choose another name, remove_lora() it, or pass replace=True.",
             )
+        if name in state.entries:
+            state.require_unused("replace", [state.entries[name]])
     plan = make_plan(model, value, state, complete)
     fresh = state is None
     state = _attach(model) if state is None else state
@@ -168,13 +175,19 @@ def put(
             if fresh:
                 _detach(model, state)
             raise
-        old = state.entries.pop(name, None)
-        was_active = old is not None and old in state.default.entries
+        old = state.entries.get(name)
         if old is not None:
+            _succeed(state, old, entry)
             _forget(model, state, old)
-        state.entries[name] = entry
-        if was_active or active or (active is None and not state.default.mixture):
+        state.entries = {**state.entries, name: entry}
+        if active or (active is None and not state.default.mixture):
             state.default = Active(((entry, 1.0),))
+
+
+def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
+    """The new adapter takes the old one's place, and its weight, in what is active by default."""
+    if old in state.default.entries:
+        state.default = Active(tuple((new if e is old else e, w) for e, w in state.default.mixture))
 
 
 def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> None:
@@ -213,24 +226,31 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             slots.put_frozen(entry.slot, slot, None, None, _bias_change(module, bias))
     for path, tensors in value.modules.items():
         module = plan.modules[path]
-        own = _base_copy(module)
-        own.load_state_dict(dict(tensors))
+        own = _head_copy(module, tensors)
         if not isinstance(module, LoRAHead):
             swap(module, LoRAHead, path)
-            module.lora_heads = LoRAHeads(state)
+            module.lora_heads = LoRAHeads(state, plan.row_maps[path])
             module.lora_heads.train(module.training)
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
 
 
-def _base_copy(module: nn.Module) -> nn.Module:
-    """A copy of the module as it is in the base, without what adapters hold of it."""
-    held = module._modules.get("lora_heads")
-    own = copy.deepcopy(module, {id(held): None})  # the memo says that this child is copied already
-    if isinstance(own, LoRAHead):
-        own._modules.pop("lora_heads")
-        restore(own)
-    return own
+def _head_copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the module as it is in the base, without what adapters hold of it, with other values."""
+    held = {id(child): None for path, child in module.named_modules() if path.rpartition(".")[2] in HELD}
+    own = copy.deepcopy(module, {**held, id(None): None})  # the memo says that these children are copied already
+    for part in list(own.modules()):
+        for name in HELD & part._modules.keys():
+            del part._modules[name]
+        restore(part)
+        if hasattr(part, "_hf_hook"):  # the copy's weights stay in memory: accelerate's hook would bring the base's
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(part)
+    offloaded = any(p.is_meta for p in own.parameters()) and not any(t.is_meta for t in tensors.values())
+    dtypes = {key: tensor.dtype for key, tensor in own.state_dict().items()}
+    own.load_state_dict({key: tensor.to(dtypes[key], copy=True) for key, tensor in tensors.items()}, assign=offloaded)
+    return own.to(device_of(module)) if offloaded else own
 
 
 def _master(bias: Tensor | None) -> Tensor | None:
@@ -240,10 +260,9 @@ def _master(bias: Tensor | None) -> Tensor | None:
 def _bias_change(module: nn.Module, bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
-    own = module.bias
-    assert isinstance(own, Tensor)
+    own = materialised(module, "bias")
     wide = torch.promote_types(torch.promote_types(bias.dtype, own.dtype), torch.float32)
-    return bias.to(own.device, wide) - own.detach().to(wide)
+    return bias.to(own.device, wide) - own.to(wide)
 
 
 def _slots(
@@ -354,15 +373,35 @@ def _present(modules: Mapping[str, nn.Module], path: str, kind: type[Any]) -> An
     return module
 
 
-def refill(model: nn.Module, name: str, value: AdapterValue) -> None:
-    """Write a value into a resident trainable adapter's own Parameters (an optimizer keeps them), all of it or nothing.
+def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
+    """Write values into resident trainable adapters' own Parameters (an optimizer keeps them), all of them or nothing.
+
+    Args:
+        values: by the adapter's name.
 
     Raises:
-        LoRAMismatchError: the value is not of the same layers, ranks, biases and heads.
+        LoRAMismatchError: a value is not of the same layers, ranks, biases and heads.
     """
-    state = require(model)
-    entry = state.entry(name)
-    have = read(model, name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, value in values.items():
+        problems = _refill_problems(read(model, name), value, modules)
+        if problems:
+            raise LoRAMismatchError(
+                f"The file is not of the adapter {name!r} on this model: {len(problems)} problem(s). "
+                "Nothing was loaded.",
+                name=name,
+                facts=sorted(problems),
+                remedy="Build the model with the config that the file was trained with.",
+            )
+    for name, value in values.items():
+        entry = require(model).entry(name)
+        if entry.trainable:
+            _refill(modules, entry.slot, value)
+        else:
+            put(model, value, name, replace=True)
+
+
+def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
     problems = [f"{path}: not in the file" for path in have.factors.keys() - value.factors.keys()]
     problems += [f"{path}: not on the model" for path in value.factors.keys() - have.factors.keys()]
     for path in have.factors.keys() & value.factors.keys():
@@ -374,33 +413,25 @@ def refill(model: nn.Module, name: str, value: AdapterValue) -> None:
     for what in ("biases", "modules"):
         a, b = getattr(have, what).keys(), getattr(value, what).keys()
         problems += [f"{path}: only on the model" for path in a - b] + [f"{path}: only in the file" for path in b - a]
-    modules = dict(model.named_modules(remove_duplicate=False))
     for path in value.modules:
         problems += head_problems(path, modules.get(path), value.modules[path])
-    if problems:
-        raise LoRAMismatchError(
-            f"The file is not of the adapter {name!r} on this model: {len(problems)} problem(s). Nothing was loaded.",
-            name=name,
-            facts=sorted(problems),
-            remedy="Build the model with the config that the file was trained with.",
-        )
-    if not entry.trainable:
-        put(model, value, name, replace=True)
-        return
-    with torch.no_grad():
-        for path, factors in value.factors.items():
-            slots: LoRASlots = modules[path].lora_slots
-            slot, B = slots.slots[entry.slot], factors.B
-            if slot.blocks:
-                rows, columns = block_index(slot.blocks, slot.rank)
-                B = B[rows, columns]
-            slots.get_parameter(f"A{entry.slot}").copy_(factors.A)
-            slots.get_parameter(f"B{entry.slot}").copy_(B)
-        for path, bias in value.biases.items():
-            owner = modules[path.rpartition(".")[0]]
-            owner.lora_slots.get_parameter(f"bias{entry.slot}").copy_(bias)
-        for path, tensors in value.modules.items():
-            modules[path].lora_heads.copies[str(entry.slot)].load_state_dict(dict(tensors))
+    return problems
+
+
+@torch.no_grad()
+def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None:
+    for path, factors in value.factors.items():
+        slots: LoRASlots = modules[path].lora_slots
+        slot, B = slots.slots[index], factors.B
+        if slot.blocks:
+            rows, columns = block_index(slot.blocks, slot.rank)
+            B = B[rows, columns]
+        slots.get_parameter(f"A{index}").copy_(factors.A)
+        slots.get_parameter(f"B{index}").copy_(B)
+    for path, bias in value.biases.items():
+        modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}").copy_(bias)
+    for path, tensors in value.modules.items():
+        modules[path].lora_heads.copies[str(index)].load_state_dict(dict(tensors))
 
 
 def train(model: nn.Module, names: Iterable[str]) -> None:
@@ -414,19 +445,26 @@ def train(model: nn.Module, names: Iterable[str]) -> None:
     if isinstance(names, str):
         names = [names]
     chosen = [state.entry(name) for name in names]
+    changing = [entry for entry in state.entries.values() if entry.trainable != (entry in chosen)]
+    state.require_unused("train_lora", changing)
     with state.lock, torch.inference_mode(False):
-        for entry in list(state.entries.values()):
-            if entry.trainable != (entry in chosen):
-                _convert(model, state, entry)
+        for entry in changing:
+            _convert(model, state, entry)
 
 
 def _convert(model: nn.Module, state: LoRAState, entry: Entry) -> None:
+    """Move an adapter between Parameters and banks, through a new slot: if it fails, the old one is as it was."""
     value = read(model, entry.name)
-    plan = make_plan(model, value, None)
-    resident: Resident = entry.record
-    entry.trainable = not entry.trainable
-    _write(model, state, entry, value, plan)
-    resident.value = None if entry.trainable else value
+    moved = Entry(entry.name, state.free_slot(), not entry.trainable)
+    try:
+        _write(model, state, moved, value, make_plan(model, value, None))
+    except BaseException:
+        _erase(model, moved)
+        raise
+    old = Entry(entry.name, entry.slot, entry.trainable)
+    entry.slot, entry.trainable = moved.slot, moved.trainable
+    entry.record.value = None if entry.trainable else value
+    _erase(model, old)
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
@@ -437,15 +475,11 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """
     state = require(model)
     chosen = list(state.entries.values()) if name is None else [state.entry(name)]
-    if state.overridden and any(entry in state.current.entries for entry in chosen):
-        raise LoRAStateError(
-            f"{', '.join(repr(e.name) for e in chosen)} cannot be removed inside use_lora() or route_lora().",
-            remedy="Leave the with block first.",
-        )
+    state.require_unused("remove_lora", chosen)
     with state.lock:
         for entry in chosen:
             _forget(model, state, entry)
-            del state.entries[entry.name]
+            state.entries = {n: e for n, e in state.entries.items() if e is not entry}
         if not state.entries:
             _detach(model, state)
 

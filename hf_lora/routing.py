@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .errors import LoRARouteError
-from .state import Active, Entry, check_rows
+from .state import Active, Entry, check_rows, refuse_inner
 
 __all__ = ["rows_of", "unflattened"]
 
@@ -24,11 +23,7 @@ def rows_of(active: Active, x: Tensor, row_map: str = "batch") -> tuple[Entry | 
     """
     rows = active.rows or ()
     if row_map == "inner":
-        raise LoRARouteError(
-            "A routed adapter has factors in a layer whose batch is not the rows of the input (a vision tower or an "
-            "expert), and no row map is known for this architecture.",
-            remedy="Run the rows of each adapter as a batch of their own, with use_lora().",
-        )
+        refuse_inner()
     check_rows(rows, x.shape[0])
     return rows
 

@@ -169,9 +169,9 @@ class LoRASlots(nn.Module):
         if active.rows is not None:
             return self._add_routed(x, output, base, active)
         for entry, weight in active.mixture:
-            slot = self.slots.get(entry.slot)
+            slot = self.slots.get(entry.check().slot)
             if slot is not None:
-                output = self._add_one(x, output, base, entry.check().slot, slot, weight)
+                output = self._add_one(x, output, base, entry.slot, slot, weight)
         return output
 
     def _add_one(
@@ -270,8 +270,9 @@ class LoRASlots(nn.Module):
         if not self.slots:
             return output
         traced = self.state.traced
-        by_token = self.row_map == "flat" and x.dim() == 2
-        slots, weights = active_rows(x, self.state, flat=by_token) if traced is None or by_token else traced
+        row_map = "batch" if self.row_map == "flat" and x.dim() != 2 else self.row_map
+        plain = traced is not None and row_map == "batch"
+        slots, weights = traced if plain and traced is not None else active_rows(x, self.state, row_map)
         ones = [1] * (output.dim() - 1)
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ __all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows"]
 _OVERRIDES: ContextVar[Mapping[int, Active]] = ContextVar("hf_lora_overrides", default=MappingProxyType({}))
 _STATES: weakref.WeakValueDictionary[int, LoRAState] = weakref.WeakValueDictionary()
 _UIDS = itertools.count(1)
+_COUNTING = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -43,6 +44,7 @@ class Entry:
         default=None, repr=False
     )  # what the model room keeps of it: config, and the value of a frozen adapter
     alive: bool = True
+    users: int = 0  # open use_lora and route_lora blocks that name it, in whatever thread
 
     def check(self) -> Entry:
         """This entry. Raises `LoRAStateError` if the adapter was removed."""
@@ -84,7 +86,7 @@ class LoRAState:
         self.default: Active = NOTHING
         self.width = 1  # the widest mixture so far
         self.merged: Any = None  # the merge's record while the weights hold ΔW
-        self.facts: dict[str, Any] = {}  # what the model room knows of the model (architecture, layers' paths)
+        self.facts: dict[str, Any] = {}  # what other rooms keep of this model (what trained before, say)
         self.traced: tuple[Tensor, Tensor] | None = None  # while tracing: what a checkpointed region was entered with
         self._register()
 
@@ -149,35 +151,58 @@ class LoRAState:
     def override(self, active: Active) -> Iterator[None]:
         """Make `active` what the current call chain sees, until the block ends (also by an exception)."""
         self.widen(active)
+        entries = active.entries
+        with _COUNTING:
+            for entry in entries:
+                entry.check().users += 1
         token = _OVERRIDES.set(MappingProxyType({**_OVERRIDES.get(), self.uid: active}))
         try:
             yield
         finally:
             _OVERRIDES.reset(token)
+            with _COUNTING:
+                for entry in entries:
+                    entry.users -= 1
+
+    def require_unused(self, verb: str, entries: Iterable[Entry]) -> None:
+        """Raise `LoRAStateError` if an open block, in any thread, names one of the adapters."""
+        used = [entry.name for entry in entries if entry.users]
+        if used:
+            raise LoRAStateError(
+                f"{verb}() cannot be used on {', '.join(map(repr, used))} while a use_lora() or route_lora() names it.",
+                name=used[0],
+                value=used,
+                remedy="Leave every such with block first, in every thread.",
+            )
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, run under what is active now, whenever and on whatever thread it is called."""
         active = self.current
 
         def bound(*args: Any, **kwargs: Any) -> Any:
-            with self.override(active):
+            with self.override(active):  # raises if an adapter was removed since
                 return function(*args, **kwargs)
 
         return bound
 
 
 @torch.library.custom_op("hf_lora::active", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _active_op(x: Tensor, uid: int, width: int, flat: bool) -> tuple[Tensor, Tensor]:
+def _active_op(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, Tensor]:
     state = _STATES.get(uid)
     active = NOTHING if state is None else state.current
+    flat = row_map == "flat"
+    for entry in active.entries:
+        entry.check()
+    if row_map == "inner" and active.rows is not None:
+        refuse_inner()
     key = ("rows", x.shape[0], x.device, width, flat)
     if key not in active.cache:
         if active.rows is None:
-            pairs = [[(e.check().slot, w) for e, w in active.mixture]] * x.shape[0]
+            pairs = [[(e.slot, w) for e, w in active.mixture]] * x.shape[0]
         else:
             each = x.shape[0] // len(active.rows) if flat else 1  # (B·T, d) has T rows for each of the batch
             check_rows(active.rows, x.shape[0] / max(each, 1))
-            pairs = [[] if e is None else [(e.check().slot, 1.0)] for e in active.rows for _ in range(each)]
+            pairs = [[] if e is None else [(e.slot, 1.0)] for e in active.rows for _ in range(each)]
         columns = width or max(len(active.mixture), 1)
         pairs = [row + [(0, 0.0)] * (columns - len(row)) for row in pairs]
         slots = torch.tensor([[s for s, _ in row] for row in pairs], dtype=torch.int64, device=x.device)
@@ -188,24 +213,35 @@ def _active_op(x: Tensor, uid: int, width: int, flat: bool) -> tuple[Tensor, Ten
 
 
 @_active_op.register_fake
-def _(x: Tensor, uid: int, width: int, flat: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, Tensor]:
     columns = width or torch.library.get_ctx().new_dynamic_size(min=1)
     return x.new_empty((x.shape[0], columns), dtype=torch.int64), x.new_empty(
         (x.shape[0], columns), dtype=torch.float32
     )
 
 
-def active_rows(x: Tensor, state: LoRAState, *, flat: bool = False) -> tuple[Tensor, Tensor]:
+def active_rows(x: Tensor, state: LoRAState, row_map: str = "batch") -> tuple[Tensor, Tensor]:
     """What is active when the graph runs: slots (N, K) int64 and weights (N, K) float32, N the rows of `x`.
 
-    `flat`: x is (B·T, d), the rows of the batch one after another.
+    `row_map`: "flat" where x is (B·T, d), the rows of the batch one after another; "inner" where a route is refused.
 
     K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. Without gradients K is a size that
     the graph learns when it runs. With them it is the widest mixture this model has seen: inductor cannot save for
     backward a size that depends on the data.
     """
-    pair: tuple[Tensor, Tensor] = _active_op(x.detach(), state.uid, state.width if torch.is_grad_enabled() else 0, flat)
+    pair: tuple[Tensor, Tensor] = _active_op(
+        x.detach(), state.uid, state.width if torch.is_grad_enabled() else 0, row_map
+    )
     return pair
+
+
+def refuse_inner() -> None:
+    """Raise `LoRARouteError`: a route has met a layer whose batch is not the rows."""
+    raise LoRARouteError(
+        "A routed adapter has factors in a layer whose batch is not the rows of the input (a vision tower, an expert, "
+        "positions), and no row map is known for this architecture.",
+        remedy="Run the rows of each adapter as a batch of their own, with use_lora().",
+    )
 
 
 def check_rows(rows: tuple[Entry | None, ...], batch: float) -> None:

@@ -308,7 +308,9 @@ def _replace_pair(folder: Path, text: bytes, tensors: Mapping[str, Tensor], meta
         safefile.fsync_directory(folder)  # the pending config is there before the weights that need it
         os.replace(weights, folder / WEIGHTS_NAME)
     except BaseException:
-        for path in (weights, config, pending):
+        # Once the weights have their name, the pending config is theirs: the next reader or writer needs it.
+        torn = not weights.exists() and not config.exists()
+        for path in (weights, config) if torn else (weights, config, pending):
             with contextlib.suppress(OSError):
                 path.unlink()
         raise

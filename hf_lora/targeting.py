@@ -340,7 +340,9 @@ class _Resolver:
     def _target(self, path: str, roles: frozenset[str] | None, rank: int, alpha: float) -> Target:
         layer = self.seen.layers[path]
         blocks = _blocks(layer, roles)
-        limit, of = layer.info.max_rank, f"{layer.info.out_features} x {layer.info.in_features}"
+        # A file may say more than a weight can use (PEFT writes that); a new adapter would only waste it.
+        limit = rank if self.from_file else layer.info.max_rank
+        of = f"{layer.info.out_features} x {layer.info.in_features}"
         for role, ranges in blocks:
             rows = sum(map(len, ranges))
             if min(rows, layer.info.in_features) < limit:
@@ -390,21 +392,25 @@ def _outermost(paths: Iterable[str]) -> list[str]:
 def row_maps(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """How the rows of a layer's batch come from the user's: "batch", "flat" (B·T, …) or "inner" (no known way).
 
-    A layer is "inner" that runs inside another batch (images of a vision tower, tokens of an expert).
+    A layer is "inner" that runs inside another batch (images of a vision tower, tokens of an expert, positions).
     """
     config = vars(model).get("config")
     model_type = getattr(config, "model_type", None)
     text_type = getattr(getattr(config, "text_config", None), "model_type", model_type)
     flat = arch.FLATTENED.get(text_type or "", frozenset())
     return {
-        path: "inner" if _is_inner(model_type, model, path) else "flat" if path.rpartition(".")[2] in flat else "batch"
+        path: "inner"
+        if _is_inner(model_type, model, path)
+        else "flat"
+        if path.rpartition(".")[2] in flat or not arch.SHARED_EXPERTS.isdisjoint(path.split("."))
+        else "batch"
         for path in paths
     }
 
 
 def _is_inner(model_type: str | None, model: nn.Module, path: str) -> bool:
     parts = path.split(".")
-    if "experts" in parts:
+    if "experts" in parts or arch.POSITIONS.search(parts[-1]):
         return True
     if model_type in arch.DUAL_ENCODERS:
         return False

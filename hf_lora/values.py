@@ -278,6 +278,23 @@ class AdapterValue:
         """Bytes of every tensor, as stored."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
+    def copy(self) -> AdapterValue:
+        """The same adapter with tensors of its own."""
+
+        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+        return dataclasses.replace(
+            self,
+            factors={
+                path: dataclasses.replace(f, A=f.A.detach().clone(), B=f.B.detach().clone())
+                for path, f in self.factors.items()
+            },
+            biases=own(self.biases),
+            modules={path: own(state) for path, state in self.modules.items()},
+            embeddings=own(self.embeddings),
+        )
+
     def to(self, dtype: torch.dtype) -> AdapterValue:
         """The same adapter in another floating dtype; whole numbers in modules stay, copies of the base stay."""
 

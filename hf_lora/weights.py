@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import LoRAStateError, LoRAUnsupportedError
 
-__all__ = ["MergeRecord", "compute_dtype", "device_of", "merge", "mergeable", "unmerge"]
+__all__ = ["MergeRecord", "compute_dtype", "device_of", "materialised", "merge", "mergeable", "unmerge"]
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 24  # elements at a time where an int64 copy is needed
@@ -48,6 +48,18 @@ def device_of(module: nn.Module) -> torch.device:
             return torch.device(device)
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return next((t.device for t in tensors if t is not None), torch.device("cpu"))
+
+
+def materialised(module: nn.Module, name: str) -> Tensor:
+    """A tensor of the module's own, also where accelerate has offloaded it; on the CPU, or meta on a meta model."""
+    tensor: Tensor = getattr(module, name)
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        offloaded = getattr(part, "weights_map", None)
+        if tensor.is_meta and offloaded is not None:
+            found: Tensor = offloaded[name]
+            return found.detach().to("cpu", copy=True)
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def compute_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
@@ -111,12 +123,11 @@ def merge(weight: Tensor, A: Tensor, B: Tensor, *, transposed: bool, path: str) 
         )
     bits = _bits(W)
     moved = _bits((merged.to(delta.dtype) - delta).to(W.dtype)) != bits
-    before = _checksum(W)
     values = bits[moved].clone()
-    W.copy_(merged)
-    return MergeRecord(
-        A, B, _pack(moved) if len(values) else None, values, before, _checksum(W), torch.get_num_threads()
-    )
+    mask = _pack(moved) if len(values) else None
+    record = MergeRecord(A, B, mask, values, _checksum(W), _checksum(merged), torch.get_num_threads())
+    W.copy_(merged)  # last: whatever fails before it has written nothing
+    return record
 
 
 def unmerge(weight: Tensor, record: MergeRecord, *, transposed: bool, path: str) -> None:

@@ -64,8 +64,8 @@ def test_save_pretrained_keeps_every_adapter_that_trains(tiny: Any, tmp_path: An
     model.add_lora(LoRAConfig(r=2, target_modules=["down"]), "b")
     model.train_lora(["org/a", "b"])
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").exists()
-    assert (tmp_path / "lora-org%2Fa" / "adapter_model.safetensors").exists()
+    for folder in ("lora-org%2Fa", "lora-b"):
+        assert (tmp_path / folder / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("tokens", [80, 40])
@@ -264,3 +264,56 @@ def test_unregister_and_register_again(tiny: Any, batch: Any) -> None:
     assert hasattr(PreTrainedModel, "add_lora")
     assert (PreTrainedModel.save_pretrained, Trainer._load_from_checkpoint) != ours  # fresh wrappers of the stock ones
     assert PreTrainedModel.save_pretrained.__wrapped__ is ours[0].__wrapped__
+
+
+def test_a_state_dict_of_the_callers_is_looked_at(tiny: Any, tmp_path: Any) -> None:
+    model = tiny("llama")
+    model.add_lora(CONFIG)
+    randomise(model)
+    model.save_pretrained(tmp_path / "same", state_dict=model.state_dict())
+    other = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
+    with pytest.raises(LoRAUnsupportedError, match="is not what the model holds"):
+        model.save_pretrained(tmp_path / "other", state_dict=other)
+    model.merge_lora()
+    model.save_pretrained(tmp_path / "merged", True, model.state_dict())
+    assert keys(tmp_path / "merged", "model.safetensors") == set(tiny("llama").state_dict())
+
+
+def test_padding_the_embeddings_resizes_the_adapters_too(tiny: Any, batch: Any) -> None:
+    model = with_adapters(tiny("llama"), {"a": LoRAConfig(r=2, target_modules=["embed_tokens", "lm_head"])})
+    inputs = batch(model)
+    before = logits(model, inputs)
+    model.resize_token_embeddings(pad_to_multiple_of=48, mean_resizing=False)
+    assert torch.equal(logits(model, inputs)[..., :64], before)
+    assert model.lora_adapter().factors["model.embed_tokens"].in_features == 96
+
+
+def test_pefts_copy_of_an_embedding_survives_a_resize(tiny: Any, batch: Any, tmp_path: Any, peft: Any) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny("llama"), config)
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = tiny("llama")
+    model.load_lora(tmp_path, name="a")
+    inputs = batch(model)
+    before = logits(model, inputs)
+    model.resize_token_embeddings(80, mean_resizing=False)
+    assert model.lora_names == ("a",)
+    assert torch.equal(logits(model, inputs)[..., :64], before)
+
+
+def test_what_is_saved_inside_a_block_is_what_is_active_there(tiny: Any, tmp_path: Any) -> None:
+    model = with_adapters(tiny("llama"), {"a": CONFIG, "b": LoRAConfig(r=2, target_modules=["down"])})
+    with model.use_lora("b"):
+        model.save_lora(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["down_proj"]
+
+
+def test_a_value_is_a_copy(tiny: Any) -> None:
+    model = with_adapters(tiny("llama"), {"a": CONFIG})
+    for tensor in model.lora_state_dict("a").values():
+        tensor.zero_()
+    value = model.lora_adapter("a")
+    for tensor in value.tensors():
+        assert tensor.abs().max() > 0
+        tensor.zero_()
+    assert all(tensor.abs().max() > 0 for tensor in model.lora_state_dict("a").values())

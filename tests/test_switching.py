@@ -208,7 +208,7 @@ def test_inside_a_block_adapters_are_neither_added_nor_removed(model: Any) -> No
     with model.use_lora("a"):
         with pytest.raises(LoRAStateError, match="inside use_lora"):
             model.add_lora(A, "c")
-        with pytest.raises(LoRAStateError, match="inside use_lora"):
+        with pytest.raises(LoRAStateError, match="names it"):
             model.remove_lora("a")
         with pytest.raises(LoRAStateError, match="inside use_lora"):
             model.merge_lora()
@@ -320,3 +320,44 @@ def test_the_summary_counts_what_trains(tiny: Any, capsys: Any) -> None:
     assert "q × 2, v × 2" in printed
     randomise(model)
     assert model.lora_adapter().num_parameters == found.trainable  # of fused slices only their own rows
+
+
+def test_replacing_keeps_the_place_and_weight_in_a_mixture(model: Any) -> None:
+    model.set_lora({"a": 0.7, "org/b": 0.3})
+    model.load_lora(model.lora_adapter("org/b"), name="a", replace=True)
+    assert model.active_lora == {"a": 0.7, "org/b": 0.3}
+
+
+def test_a_head_around_another_adapters_layer_is_its_own(tiny: Any, batch: Any) -> None:
+    head = LoRAConfig(r=2, target_modules=["q"], modules_to_save=["classifier"])
+    plain = with_adapters(tiny("bert-cls"), {"h": head})
+    inputs, value = batch(plain), plain.lora_adapter("h")
+    expected = logits(plain, inputs)
+    model = tiny("bert-cls")
+    model.add_lora(LoRAConfig(r=2, target_modules=["k"], modules_to_save=[]), "k")
+    model.load_lora(value, name="h")
+    model.set_lora("h")
+    assert torch.equal(logits(model, inputs), expected)
+    model.train_lora("h")
+    assert torch.equal(logits(model, inputs), expected)
+    model.remove_lora("k")
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_a_head_tied_to_the_embedding_is_not_merged(tiny: Any) -> None:
+    model = tiny("llama-tied")
+    model.add_lora(LoRAConfig(r=2, target_modules=["q"], modules_to_save=["lm_head"]))
+    randomise(model)
+    before = bits(model)
+    with pytest.raises(LoRAUnsupportedError, match="tied to"):
+        model.merge_lora()
+    assert bits(model) == before
+
+
+def test_an_adapter_that_cannot_be_frozen_stays_and_nothing_is_added(model: Any) -> None:
+    model.add_lora(A, "diverged")
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(LoRAError, match="NaN"):
+        model.add_lora(B, "next")
+    assert model.lora_names == ("a", "org/b", "diverged")
+    assert model.active_lora == "diverged"

@@ -117,7 +117,15 @@ def _load_adapter(
             remedy="Load it under this name first, or pass hotswap=False.",
         )
     replace = resident and (hotswap is True or (hotswap == "auto" and getattr(model, "_hotswap_enabled", False)))
-    placing.put(model, value, name, trainable=is_trainable, replace=replace, active=True if not replace else None)
+    placing.put(
+        model,
+        value,
+        name,
+        trainable=is_trainable,
+        replace=replace,
+        active=True if not replace else None,
+        complete=peft_model_id is not None,
+    )
     pretrained.attached(model)
     if not is_trainable:
         model.eval()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,28 +52,36 @@ def install(registry: Registry, cls: Any) -> None:
     """Wrap the methods of `cls`, which is PreTrainedModel."""
     save, checkpointing, resize = cls.save_pretrained, cls._set_gradient_checkpointing, cls.resize_token_embeddings
 
+    signature = inspect.signature(save)
+
     @functools.wraps(save)
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
         if state is None:
-            return save(self, save_directory, *args, **kwargs)
+            return save(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        options = given.arguments | given.arguments.get("kwargs", {})
+        tensors = options.get("state_dict")
         if state.merged is not None:  # the whole merged model, as stock writes it
-            if not args and kwargs.get("state_dict") is None:
-                kwargs["state_dict"] = base_state_dict(self)
+            tensors = base_state_dict(self) if tensors is None else {k: t for k, t in tensors.items() if not is_held(k)}
+            given.arguments["state_dict"] = tensors
             self.__dict__.pop("_hf_peft_config_loaded", None)
             try:
-                return save(self, save_directory, *args, **kwargs)
+                return save(*given.args, **given.kwargs)
             finally:
                 self._hf_peft_config_loaded = True
-        if kwargs.get("push_to_hub"):
+        if options.get("push_to_hub"):
             raise LoRAUnsupportedError(
                 "save_pretrained(push_to_hub=True) of a model with a LoRA is not supported.",
                 name="push_to_hub",
                 value=True,
                 remedy="Save the adapter and upload the folder.",
             )
-        is_main = kwargs.get("is_main_process", args[0] if args else True)
-        return save_checkpoint(self, save_directory) if is_main else None
+        if tensors is not None:
+            _require_own(self, tensors)
+        if not options.get("is_main_process", True):
+            return None
+        return save_checkpoint(self, options["save_directory"])
 
     @functools.wraps(checkpointing)
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +94,8 @@ def install(registry: Registry, cls: Any) -> None:
     @functools.wraps(resize)
     def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
-        touched = set() if state is None or new_num_tokens is None else _embeddings(self)
+        unchanged = new_num_tokens is None and not (args and args[0]) and not kwargs.get("pad_to_multiple_of")
+        touched = set() if state is None or unchanged else _embeddings(self)
         residents = [] if state is None else [entry.record for entry in state.entries.values()]
         if not any(touched & {*resident.layers, *resident.heads} for resident in residents):
             return resize(self, new_num_tokens, *args, **kwargs)
@@ -99,6 +109,18 @@ def install(registry: Registry, cls: Any) -> None:
     registry.set(cls, "save_pretrained", save_pretrained)
     registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
+
+
+def _require_own(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless a state dict that a caller hands over holds what the adapters on the model are."""
+    for name, own in model.state_dict().items():
+        other = tensors.get(name) if is_held(name) else own
+        if other is None or not (other is own or torch.equal(other.detach().cpu(), own.detach().cpu())):
+            raise LoRAUnsupportedError(
+                f"save_pretrained() was given a state dict in which {name!r} is not what the model holds.",
+                name=name,
+                remedy="Leave state_dict out: the adapter is read from the model.",
+            )
 
 
 def _embeddings(model: Any) -> set[str]:
@@ -131,6 +153,7 @@ class _taken_off:
         self.notes = [(entry.record.skipped, entry.record.architecture) for entry in self.state.entries.values()]
         self.active = [(entry.name, weight) for entry, weight in self.state.default.mixture]
         self.values = [read(self.model, name) for name, _ in self.names]
+        self.facts = self.state.facts
         remove(self.model)
         return self.values
 
@@ -143,6 +166,7 @@ class _taken_off:
         for (name, _), (skipped, architecture) in zip(self.names, self.notes, strict=True):
             record = state.entry(name).record
             record.skipped, record.architecture = skipped, architecture
+        state.facts = {**self.facts, **state.facts}
         state.default = Active(tuple((state.entry(name), weight) for name, weight in self.active))
 
 
@@ -155,7 +179,8 @@ def _resized(model: Any, value: AdapterValue, touched: set[str]) -> AdapterValue
             factors[path] = dataclasses.replace(pair, A=_to_length(pair.A.T, tokens).T.contiguous())
         else:
             factors[path] = dataclasses.replace(pair, B=_to_length(pair.B, tokens))
-    return dataclasses.replace(value, factors=factors)
+    copies = {name: copied for name, copied in value.embeddings.items() if name.rpartition(".")[0] not in touched}
+    return dataclasses.replace(value, factors=factors, embeddings=copies)
 
 
 def _to_length(tensor: Tensor, rows: int) -> Tensor:

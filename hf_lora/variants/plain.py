@@ -27,7 +27,3 @@ class Plain:
         if kind == "embedding":
             return functional.embed_low_rank(x, A, B, padding_idx)
         return functional.low_rank(F.dropout(x, dropout) if dropout else x, A, B)
-
-    def weight_delta(self, A: Tensor, B: Tensor) -> Tensor:
-        """ΔW, (out, in) in float32 or wider, for a merge."""
-        return functional.weight_delta(A, B)
