@@ -46,10 +46,10 @@ TABLE: dict[str, str] = {
     "hub": "errors store values",
     # a value on a model
     "initial": "config errors fitting layerinfo targeting values weights",
-    "fitting": "config errors layerinfo layers state targeting values",
-    "model": "config errors fitting initial layers slots state targeting values weights",
+    "fitting": "config errors layerinfo layers state targeting values weights",
+    "model": "config errors fitting initial layerinfo layers slots state targeting values weights",
     "switching": "errors model state",
-    "merging": "errors layers model state switching targeting weights",
+    "merging": "errors layerinfo layers model state switching targeting weights",
     "summary": "errors layerinfo model slots state switching targeting values",
     "loading": "errors hub layerinfo layers model store values",
     "adapter": "errors hub loading store values",
