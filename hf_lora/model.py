@@ -20,7 +20,7 @@ from .initial import initial_value
 from .layerinfo import HELD
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
 from .slots import LoRASlots, Slot, block_index
-from .state import NOTHING, Active, Entry, LoRAState
+from .state import NOTHING, Active, Entry, LoRAState, check_rows
 from .targeting import LayerInfo, Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of, materialised
@@ -290,7 +290,21 @@ def _attach(model: nn.Module) -> LoRAState:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     setattr(model, _STATE, state)
+    model.register_forward_pre_hook(_check_batch, with_kwargs=True)
     return state
+
+
+def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a batch that a route does not fit before anything runs; a layer may see a size that happens to divide."""
+    state = None if torch.compiler.is_compiling() else state_of(model)
+    rows = None if state is None else state.current.rows
+    if rows is None:
+        return
+    main = getattr(model, "main_input_name", "input_ids")
+    given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids", main)]
+    batch = next((x for x in [*given, *args[:1]] if isinstance(x, Tensor) and x.dim()), None)
+    if batch is not None:
+        check_rows(rows, batch.shape[0])
 
 
 def _detach(model: nn.Module, state: LoRAState) -> None:
@@ -300,6 +314,9 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         if path in trained:
             parameter.requires_grad_(True)
     delattr(model, _STATE)
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_batch]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _refuse_foreign(model: nn.Module, state: LoRAState | None) -> None:

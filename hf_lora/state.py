@@ -248,7 +248,7 @@ def check_rows(rows: tuple[Entry | None, ...], batch: float) -> None:
     """Raise `LoRARouteError` unless the route has one entry for each row of the batch."""
     if len(rows) != batch:
         raise LoRARouteError(
-            f"The route names {len(rows)} rows, but the layer's input has {batch:g}.",
+            f"The route names {len(rows)} rows, but the batch has {batch:g}.",
             value=len(rows),
             expected=batch,
             remedy="Name one adapter (or None) for each row of the batch, in its order.",

@@ -161,8 +161,9 @@ def test_rows_that_the_model_flattens_are_routed_and_compiled(tiny: Any, batch: 
             for run in (model, compiled):
                 found = logits(run, inputs, use_cache=False)
                 assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-        with model.route_lora(["a", "b"]), pytest.raises(LoRARouteError, match="names 2 rows"):
-            logits(model, inputs)
+        for wrong in (["a", "b"], ["a"] * 7, ["a"] * 21):  # 3 rows of 7 tokens: 7 and 21 divide, and are not rows
+            with model.route_lora(wrong), pytest.raises(LoRARouteError, match=f"names {len(wrong)} rows"):
+                logits(model, inputs)
 
 
 def test_a_model_without_a_lora_says_so(tiny: Any) -> None:

@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/import_time.py [--runs 11]
 
-Each run starts Python once and times both imports in it, one after the other. Prints a table of medians, and fails if the
-package pulled in what it must leave alone (Trainer, datasets, evaluate, gradio, peft).
+Each run starts Python once and times both imports in it, one after the other. Prints a table of medians, and fails if
+the package pulled in what it must leave alone (Trainer, datasets, evaluate, gradio, peft).
 """
 
 from __future__ import annotations
