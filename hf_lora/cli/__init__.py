@@ -1,0 +1,11 @@
+"""The command `hf-lora`: a thin file for each command, which imports what it calls when it runs."""
+
+from . import quickstart  # noqa: F401  # importing a command's file adds it to the app
+from .app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The entry point."""
+    app()
