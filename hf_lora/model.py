@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRAStateError, LoRAUnsupportedError
+from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
 from .layerinfo import HELD
@@ -41,6 +42,7 @@ class Resident:
     value: AdapterValue | None = None  # a frozen adapter as it came, so that saving it again loses nothing
     skipped: tuple[str, ...] = ()  # what targeting left out, for the summary
     architecture: str | None = ""  # whose table gave the roles; None: told from structure; "": loaded, roles not needed
+    run: RunFacts | None = None  # how it was trained, for its card
 
     @property
     def whole(self) -> bool:

@@ -39,7 +39,10 @@ TABLE: dict[str, str] = {
     "slots": "errors functional routing state variants weights",
     "layers": "errors functional routing slots state variants weights",
     # the adapter as a value, and on disk
+    "facts": "errors",
     "values": "config errors",
+    "spectrum": "values",
+    "health": "errors spectrum values",
     "safefile": "errors",
     "layout": "config errors values",
     "store": "config errors layout safefile values",
@@ -47,7 +50,7 @@ TABLE: dict[str, str] = {
     # a value on a model
     "initial": "config errors fitting layerinfo targeting values weights",
     "fitting": "config errors layerinfo layers state targeting values weights",
-    "model": "config errors fitting initial layerinfo layers slots state targeting values weights",
+    "model": "config errors facts fitting initial layerinfo layers slots state targeting values weights",
     "switching": "errors model state",
     "merging": "errors layerinfo layers model state switching targeting weights",
     "summary": "errors layerinfo model slots state switching targeting values",

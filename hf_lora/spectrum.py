@@ -1,0 +1,43 @@
+"""The singular values of ΔW from its factors alone: never a dense ΔW."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .values import Factors
+
+__all__ = ["delta_norm", "effective_rank", "singular_values"]
+
+
+def singular_values(factors: Factors) -> Tensor:
+    """Singular values of ΔW = scaling·B·A, largest first: (min(R, in, out),) float64.
+
+    With thin QR, B = Q_b R_b and Aᵀ = Q_a R_a, they are those of scaling·R_b R_aᵀ, which is R × R.
+    """
+    a, b = (tensor.detach().to("cpu", torch.float64) for tensor in (factors.A, factors.B))
+    left = torch.linalg.qr(b, mode="r").R
+    right = torch.linalg.qr(a.T, mode="r").R
+    return torch.linalg.svdvals(left @ right.T) * factors.scaling
+
+
+def delta_norm(factors: Factors) -> float:
+    """‖ΔW‖ (Frobenius) = scaling · √tr((BᵀB)(AAᵀ)), in float64; costs R²(in + out)."""
+    a, b = (tensor.detach().to("cpu", torch.float64) for tensor in (factors.A, factors.B))
+    squared = ((b.T @ b) * (a @ a.T)).sum()
+    return float(squared.clamp_min(0).sqrt()) * factors.scaling
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ: how many directions ΔW uses; 0 if all are zero.
+
+    Args:
+        values: singular values, (n,).
+
+    Source: Roy & Vetterli 2007, "The effective rank".
+    """
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    p = values / total
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
