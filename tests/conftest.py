@@ -67,6 +67,8 @@ def block_peft() -> None:
 if BLOCK_PEFT:
     block_peft()
 
+pytest_plugins = ["hub.fixture"]  # the fixture `hub`
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
