@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.responses import JSONResponse, Response
 
@@ -216,8 +216,9 @@ def _last(repo: Repo, commit: Commit, path: str) -> dict[str, Any]:
 @route("POST", "/api/models/{id}/paths-info/{rev}")
 async def paths_info(call: Call, id: str, rev: str) -> Response:  # noqa: A002
     files = call.repo(id).resolve(rev).files
-    paths = [value for key, value in (await call.request.form()).multi_items() if key == "paths"]
-    return JSONResponse([_file(path, files[path]) for path in map(str, paths) if path in files])
+    form = parse_qsl((await call.request.body()).decode())
+    paths = [value for key, value in form if key == "paths"]
+    return JSONResponse([_file(path, files[path]) for path in paths if path in files])
 
 
 # ---- refs and history ------------------------------------------------------------------------------------------------
