@@ -1,7 +1,8 @@
 """The application that the commands add themselves to, and how an error leaves it.
 
 Exit codes: 0 done; 1 the result is not what was hoped for, or an unexpected failure; 2 a mistake, and the message says
-how to mend it; 130 interrupted.
+how to mend it; 130 interrupted. With `--json` an error is {"error": {type, message, remedy}} on stdout, and the code is
+the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import LoRAError
+from .output import emit
 
 __all__ = ["app"]
 
@@ -44,26 +46,45 @@ RENDERINGS: tuple[Rendering, ...] = (
 # typer's own ways to end a command: exit, abort, and mistakes in options, which it renders itself. Whether the last
 # comes from click or from its own copy depends on its version.
 _CLICK_EXCEPTION: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-_LEFT_TO_TYPER: tuple[type[Exception], ...] = (typer.Exit, typer.Abort, _CLICK_EXCEPTION)
+_AS_JSON = "hf_lora.json"  # in the context: whether the result is asked for as JSON
 
 
 class Rendered(TyperGroup):
     """Renders what a command raises by the table; `--debug` lets it through with its traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Read here, as a mistake in an option is raised before the command's own options are known.
+        ctx.meta[_AS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except _LEFT_TO_TYPER:
+        except (typer.Exit, typer.Abort):
             raise
+        except _CLICK_EXCEPTION as error:
+            if not ctx.meta[_AS_JSON]:
+                raise
+            _emit_error(type(error).__name__, error.format_message(), "See the command's --help.")
+            raise typer.Exit(error.exit_code) from None
         except BaseException as error:
             if ctx.params.get("debug"):
                 raise
             row = next((row for row in RENDERINGS if isinstance(error, row.kind)), None)
             if row is None:
                 raise
-            typer.secho(row.heading, fg="red", bold=True, nl=False, err=True)
-            typer.echo(row.body(error), err=True)
+            if ctx.meta[_AS_JSON]:
+                facts = "".join(f"\n{fact}" for fact in getattr(error, "facts", ()))
+                said = f"{error.message}{facts}" if isinstance(error, LoRAError) else row.body(error)
+                _emit_error(type(error).__name__, said, getattr(error, "remedy", None))
+            else:
+                typer.secho(row.heading, fg="red", bold=True, nl=False, err=True)
+                typer.echo(row.body(error), err=True)
             raise typer.Exit(row.code) from None
+
+
+def _emit_error(kind: str, message: str, remedy: str | None) -> None:
+    emit({"error": {"type": kind, "message": message, "remedy": remedy}})
 
 
 app = typer.Typer(
@@ -71,7 +92,7 @@ app = typer.Typer(
     name="hf-lora",
     help="LoRA for every transformers model.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
