@@ -358,6 +358,7 @@ class LoRAConfig:
                     f"{source!r} is neither a mapping nor a peft.LoraConfig.",
                     value=source,
                     expected="the mapping in adapter_config.json, or a peft.LoraConfig",
+                    remedy='Give a LoRAConfig, such as LoRAConfig(r=8, target_modules=["q", "v"]).',
                 )
             source = to_dict()
         given = {name: _plain(value) for name, value in source.items()}

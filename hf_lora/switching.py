@@ -38,6 +38,7 @@ def selection(state: LoRAState, which: Which) -> Active:
             f"{which!r} names no adapters.",
             value=which,
             expected="a name, names, a mapping of names to weights, or None",
+            remedy='Give "task", ["a", "b"], {"a": 0.7, "b": 0.3}, or None for the base alone.',
         )
     mixture: list[tuple[Entry, float]] = []
     for name, weight in pairs:
@@ -47,10 +48,16 @@ def selection(state: LoRAState, which: Which) -> Active:
                 name=str(name),
                 value=weight,
                 expected="a finite number",
+                remedy="Give a finite number: it scales the adapter's ΔW.",
             )
         entry = state.entry(name)
         if any(entry is other for other, _ in mixture):
-            raise LoRANameError(f"Adapter {name!r} is named twice.", name=name, value=which)
+            raise LoRANameError(
+                f"Adapter {name!r} is named twice.",
+                name=name,
+                value=which,
+                remedy=f"Name it once; {{{name!r}: 2.0}} adds its ΔW twice.",
+            )
         mixture.append((entry, float(weight)))
     whole = [entry.name for entry, _ in mixture if entry.record.whole]
     if whole and (len(mixture) > 1 or mixture[0][1] != 1):
@@ -120,7 +127,10 @@ def route_lora(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mod
     state.require_unmerged("route_lora")
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not len(names):
         raise LoRARouteError(
-            f"A route is a list with a name or None for each row, not {names!r}.", value=names, expected="a list"
+            f"A route is a list with a name or None for each row, not {names!r}.",
+            value=names,
+            expected="a list",
+            remedy='Give one entry for each row of the batch: route_lora(["a", "b", None]); use_lora() sets all rows.',
         )
     rows = tuple(None if name is None else state.entry(name) for name in names)
     with state.override(Active(rows=rows)):
