@@ -114,6 +114,7 @@ class HubApp:
         from . import routes_api, routes_files  # noqa: F401  # they register their handlers
 
         self.secret = secrets.token_hex(8)
+        self.connections: dict[tuple[str, int], Any] = {}  # by the client's address; the server keeps it
         self.reset()
 
     def reset(self) -> None:
@@ -154,7 +155,9 @@ class HubApp:
         try:
             await self.faults.run(answer, scope, receive, noting, seen.method, seen.path)
         except Disconnect:
-            return
+            connection = self.connections.get(tuple(scope["client"]))
+            if connection is not None:
+                connection.close()
 
     async def _respond(self, request: Request, raw: str, token: str | None) -> Response:
         try:
