@@ -13,6 +13,7 @@ __all__ = [
     "LoRAConfigError",
     "LoRAError",
     "LoRAFileError",
+    "LoRAHubError",
     "LoRAMismatchError",
     "LoRANameError",
     "LoRARouteError",
@@ -86,6 +87,20 @@ class LoRANameError(LoRAError, KeyError):
 
 class LoRAFileError(LoRAError, ValueError):
     """A file of an adapter is missing, truncated, malformed or not what its config says."""
+
+
+class LoRAHubError(LoRAFileError, OSError):
+    """The Hub did not give or take an adapter: nothing was loaded, or nothing pushed.
+
+    Attributes:
+        kind: which failure, in a word or two: "gated", "missing revision", "rate limited", …
+        status: the HTTP status, if there was an answer.
+        retry_after: seconds to wait, if the Hub said so.
+    """
+
+    kind: str = ""
+    status: int | None = None
+    retry_after: float | None = None
 
 
 class LoRAMismatchError(LoRAError, ValueError):

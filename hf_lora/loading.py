@@ -6,22 +6,27 @@ import dataclasses
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from . import hub, store
-from .errors import LoRAFileError, LoRANameError
+from .bases import hub_id, same_base
+from .errors import LoRAFileError, LoRAMismatchError, LoRANameError
 from .layerinfo import is_held
 from .model import put, read, refill, require
 from .values import AdapterValue
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 __all__ = [
     "load_checkpoint",
     "load_lora",
     "lora_state_dict",
+    "push_lora",
     "read_adapter_of",
     "read_source",
     "save_checkpoint",
@@ -37,7 +42,11 @@ def read_source(source: PathLike, *, allow_pickle: bool = False, **options: Any)
     Args:
         source: a folder, or "user/name".
         allow_pickle: read an adapter_model.bin (weights only, never code) where there are no safetensors.
-        options: subfolder, revision, token, cache_dir, local_files_only.
+        options: subfolder, revision, token, cache_dir, local_files_only, force_download.
+
+    Raises:
+        LoRAHubError: the Hub did not give it; `kind` says why.
+        LoRAFileError, LoRAConfigError, LoRAUnsupportedError: as `store.read_adapter`.
     """
     options = {key: value for key, value in options.items() if value is not None}
     folder = Path(source)
@@ -62,6 +71,7 @@ def load_lora(
     name: str | None = None,
     trainable: bool = False,
     replace: bool = False,
+    force: bool = False,
     allow_pickle: bool = False,
     **options: Any,
 ) -> str:
@@ -72,6 +82,7 @@ def load_lora(
         name: what to call it; None takes the repo's id or the folder's name.
         trainable: as float32 Parameters that train; otherwise frozen, in the base's dtype.
         replace: put it in place of an adapter of this name.
+        force: load it although it says that it was made on another base. Its shapes have to fit all the same.
         allow_pickle: read an adapter_model.bin.
         options: subfolder, revision, token, cache_dir, local_files_only, as of the Hub.
 
@@ -79,7 +90,8 @@ def load_lora(
         its name.
 
     Raises:
-        LoRAFileError: a file is missing or malformed. LoRAMismatchError: it does not fit this model; lists why.
+        LoRAFileError: a file is missing or malformed. LoRAHubError: the Hub did not give it.
+        LoRAMismatchError: it was made on another base, or does not fit this model; lists why.
         LoRAUnsupportedError: a kind of adapter that hf_lora does not compute. LoRANameError: the name is taken.
     """
     if isinstance(source, AdapterValue):
@@ -91,11 +103,70 @@ def load_lora(
         if options.get("subfolder"):
             called = f"{called}/{options['subfolder']}"
     name = called if name is None else name
+    if not force:
+        _require_same_base(model, value)
     put(model, value, name, trainable=trainable, replace=replace, complete=not isinstance(source, AdapterValue))
     return name
 
 
-def save_lora(model: nn.Module, directory: PathLike, name: str | None = None) -> Path:
+def _require_same_base(model: nn.Module, value: AdapterValue) -> None:
+    """Raise if the adapter says that it was made on another base. What it does not say is not held against it."""
+    config = getattr(model, "config", None)
+    theirs, ours = hub_id(value.config.base_model), hub_id(getattr(config, "_name_or_path", None))
+    problems = []
+    if theirs and ours and not same_base(theirs, ours):
+        problems.append(f"base model: the adapter says {theirs!r}, the model is {ours!r}")
+    mapping = value.config.peft_fields.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, Mapping) else {}
+    made_on, family = str(mapping.get("base_model_class")), str(mapping.get("parent_library"))
+    classes = [cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")]
+    if (
+        classes
+        and family.startswith("transformers.models.")
+        and made_on not in {cls.__name__ for cls in classes}
+        and _family(family) not in {_family(cls.__module__) for cls in classes}
+    ):
+        problems.append(f"architecture: the adapter says {made_on!r}, the model is a {type(model).__name__!r}")
+    if problems:
+        raise LoRAMismatchError(
+            "The adapter was made on another base. Nothing was loaded.",
+            name="base_model_name_or_path",
+            value=theirs,
+            expected=ours,
+            facts=problems,
+            remedy=f"Load it onto {theirs or made_on}; force=True loads it here if its shapes fit.",
+        )
+
+
+def _family(module: str) -> str:
+    """The package: "transformers.models.llama" of "transformers.models.llama.modeling_llama"."""
+    return ".".join(module.split(".")[:3])
+
+
+def push_lora(model: nn.Module, repo_id: str, *, adapter: str | None = None, **options: Any) -> CommitInfo:
+    """Push one adapter to the Hub as one commit: its two files and a card with what is known of its training.
+
+    Args:
+        repo_id: "user/name", or "name" for the token's own user.
+        adapter: which; None takes the only one, or the only one active.
+        options: private, token, revision, create_pr, commit_message, card, subfolder, base_model, force, as of
+            `hub.push`.
+
+    Raises:
+        LoRANameError: no such adapter, or several and none named. As `hub.push` else; nothing was pushed.
+    """
+    name = _chosen(model, adapter)
+    value = read_adapter_of(model, name).copy()
+    if options.get("base_model") is None and hub_id(value.config.base_model) is None:
+        options["base_model"] = hub_id(getattr(getattr(model, "config", None), "_name_or_path", None))
+    options.setdefault("run", require(model).entry(name).record.run)
+    plain = next((cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")), None)
+    return hub.push(value, repo_id, architecture=plain, **options)
+
+
+def save_lora(
+    model: nn.Module, directory: PathLike, name: str | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write one adapter in PEFT's format, atomically.
 
     Args:

@@ -20,6 +20,8 @@ from .switching import Which
 from .values import AdapterValue
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, ModelCard
+
     from .adapter import LoRAAdapter
 
 __all__ = ["LoRAMixin", "register", "unregister"]
@@ -63,6 +65,7 @@ class LoRAMixin:
         name: str | None = None,
         trainable: bool = False,
         replace: bool = False,
+        force: bool = False,
         allow_pickle: bool = False,
         subfolder: str | None = None,
         revision: str | None = None,
@@ -77,6 +80,7 @@ class LoRAMixin:
             name: what to call it; None takes the repo's id or the folder's name.
             trainable: as Parameters that train; otherwise frozen, cast once to the base's dtype.
             replace: put it in place of an adapter of this name.
+            force: load it although it says that it was made on another base; its shapes have to fit all the same.
             allow_pickle: read an adapter_model.bin (weights only) where there are no safetensors.
             subfolder: of the folder or repo. revision, token, cache_dir, local_files_only: as of huggingface_hub.
 
@@ -84,7 +88,7 @@ class LoRAMixin:
             its name. It is active only if nothing else is; `set_lora` switches.
 
         Raises:
-            LoRAFileError, LoRAMismatchError, LoRAUnsupportedError, LoRANameError: nothing was loaded.
+            LoRAFileError, LoRAHubError, LoRAMismatchError, LoRAUnsupportedError, LoRANameError: nothing was loaded.
         """
         name = loading.load_lora(
             self,
@@ -92,6 +96,7 @@ class LoRAMixin:
             name=name,
             trainable=trainable,
             replace=replace,
+            force=force,
             allow_pickle=allow_pickle,
             subfolder=subfolder,
             revision=revision,
@@ -105,6 +110,58 @@ class LoRAMixin:
     def save_lora(self: Any, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write one adapter in PEFT's format, atomically; None takes the only (active) one. Returns the folder."""
         return loading.save_lora(self, directory, name)
+
+    def push_adapter_to_hub(
+        self: Any,
+        repo_id: str,
+        *,
+        adapter: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        card: str | Path | ModelCard | None = None,
+        subfolder: str | None = None,
+        base_model: str | None = None,
+        force: bool = False,
+    ) -> CommitInfo:
+        """Push one adapter to the Hub as one commit: its config, its weights and a model card.
+
+        Args:
+            repo_id: "user/name", or "name" for the token's own user; made if it is missing.
+            adapter: which; None takes the only one, or the only one active.
+            private: visibility of a new repo; an existing one must have it already.
+            token: as of huggingface_hub.
+            revision: the branch, made if it is missing; None is main.
+            create_pr: open a pull request instead of committing.
+            commit_message: None says what is pushed.
+            card: words for the README: text, the path of a README.md, or a `huggingface_hub.ModelCard`. None keeps
+                what stands there.
+            subfolder: a folder for this adapter, in a repo of several.
+            base_model: the base's id on the Hub; None takes the one that the base was loaded by.
+            force: push an adapter that is not finite or was never trained.
+
+        Raises:
+            LoRAHubError: the Hub refused or failed; `kind` says how. Nothing was pushed.
+            LoRAMismatchError: the adapter is not finite, was never trained, or its base has no id on the Hub.
+            LoRAFileError: the README's metadata is damaged, or a token or local path would be published.
+            LoRANameError: no such adapter, or several and none named.
+        """
+        return loading.push_lora(
+            self,
+            repo_id,
+            adapter=adapter,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            card=card,
+            subfolder=subfolder,
+            base_model=base_model,
+            force=force,
+        )
 
     def set_lora(self: Any, which: Which) -> None:
         """Make a name, names, or {name: weight} the model's default; None is the base alone. O(1)."""
