@@ -61,6 +61,8 @@ def redirect(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | None)
         "HF_HUB_CACHE": str(home / "hub"),
         "HUGGINGFACE_HUB_CACHE": str(home / "hub"),
         "default_cache_path": str(home / "hub"),
+        "default_assets_cache_path": str(home / "assets"),
+        "default_xet_cache_path": str(home / "xet"),
         "HF_ASSETS_CACHE": str(home / "assets"),
         "HUGGINGFACE_ASSETS_CACHE": str(home / "assets"),
         "HF_XET_CACHE": str(home / "xet"),
@@ -68,6 +70,7 @@ def redirect(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | None)
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
         "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
         "CHECK_FOR_UPDATE_DONE_PATH": str(home / ".check_for_update_done"),
+        "CHECK_FOR_SKILL_UPDATE_DONE_PATH": str(home / ".check_for_skill_update_done"),
     }
     if hasattr(constants, "HF_URL_HOSTS"):
         values["HF_URL_HOSTS"] = constants.HF_URL_HOSTS | {urlsplit(url).hostname}

@@ -147,11 +147,15 @@ class Hub:
         self.env["HF_ENDPOINT"] = url
 
     def patience(self, seconds: float) -> None:
-        """How long the client waits for an answer before it gives a request up (10 s unless told)."""
-        from huggingface_hub import constants
+        """How long the client waits for an answer before it gives a request up (10 s unless told).
+
+        In a child process its second try, when nothing is cached, waits 60 s all the same: no variable changes that.
+        """
+        from huggingface_hub import constants, file_download
 
         self._patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
         self._patch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", seconds)
+        self._patch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", seconds, raising=False)
         self.env |= {"HF_HUB_DOWNLOAD_TIMEOUT": str(int(seconds) or 1), "HF_HUB_ETAG_TIMEOUT": str(int(seconds) or 1)}
 
 

@@ -205,9 +205,14 @@ def _file(name: str, entry: Entry) -> dict[str, Any]:
 
 
 def _last(repo: Repo, commit: Commit, path: str) -> dict[str, Any]:
+    """The commit that last changed a file, or anything in a folder."""
+
+    def there(at: Commit) -> dict[str, Entry]:
+        return {name: entry for name, entry in at.files.items() if f"{name}/".startswith(f"{path}/")}
+
     last = commit
     for older in repo.history(commit.oid)[1:]:
-        if older.files.get(path) != commit.files.get(path):
+        if there(older) != there(commit):
             break
         last = older
     return {"id": last.oid, "title": last.title, "date": last.date}
