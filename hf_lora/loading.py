@@ -28,6 +28,7 @@ __all__ = [
     "lora_state_dict",
     "push_lora",
     "read_adapter_of",
+    "read_checkpoint",
     "read_source",
     "save_checkpoint",
     "save_lora",
@@ -243,6 +244,8 @@ def _targets(model: nn.Module, paths: Iterable[str]) -> list[str] | str:
 
 # ---- a checkpoint: every adapter that trains ------------------------------------------------------------------------
 
+_PREFIX = "lora-"  # of an adapter's folder, where several train
+
 
 def _checkpointed(model: nn.Module) -> list[str]:
     """The adapters of a checkpoint: all that train, or those active (or all there are) if none does."""
@@ -256,7 +259,7 @@ def _folders(model: nn.Module, directory: PathLike) -> dict[str, Path]:
     names = _checkpointed(model)
     if len(names) == 1:
         return {names[0]: Path(directory)}
-    return {name: Path(directory) / ("lora-" + urllib.parse.quote(name, safe="")) for name in names}
+    return {name: Path(directory) / (_PREFIX + urllib.parse.quote(name, safe="")) for name in names}
 
 
 def save_checkpoint(model: nn.Module, directory: PathLike) -> None:
@@ -267,4 +270,31 @@ def save_checkpoint(model: nn.Module, directory: PathLike) -> None:
 
 def load_checkpoint(model: nn.Module, directory: PathLike) -> None:
     """Put back, into the same Parameters, what `save_checkpoint` wrote: all of it, or nothing."""
-    refill(model, {name: store.read_adapter(folder) for name, folder in _folders(model, directory).items()})
+    refill(model, read_checkpoint(model, directory))
+
+
+def read_checkpoint(model: nn.Module, directory: PathLike) -> dict[str, AdapterValue]:
+    """What `save_checkpoint` wrote, by adapter, for the adapters that train on the model now.
+
+    Raises:
+        LoRAFileError: an adapter's files are missing or damaged.
+        LoRAMismatchError: the checkpoint is of other adapters.
+    """
+    folders = _folders(model, directory)
+    held = {urllib.parse.unquote(path.name.removeprefix(_PREFIX)) for path in Path(directory).glob(f"{_PREFIX}*")}
+    alone = (Path(directory) / store.CONFIG_NAME).exists()
+    wanted = set(folders) if len(folders) > 1 else set()
+    if (held - wanted or (alone and not held)) if wanted else (held and not alone):
+        raise _other_adapters(directory, held, folders)
+    return {name: store.read_adapter(folder) for name, folder in folders.items()}
+
+
+def _other_adapters(directory: PathLike, held: Iterable[str], training: Iterable[str]) -> LoRAMismatchError:
+    names = ", ".join(map(repr, sorted(held))) or "one adapter alone"
+    return LoRAMismatchError(
+        f"{os.fspath(directory)} holds {names}; on this model {', '.join(map(repr, training))} would be loaded.",
+        name=os.fspath(directory),
+        value=tuple(sorted(held)),
+        expected=tuple(training),
+        remedy="Let the same adapters train, with train_lora(), as when the checkpoint was written.",
+    )

@@ -12,7 +12,7 @@ from loras import bits, logits, randomise, with_adapters
 from safetensors import safe_open
 
 import hf_lora
-from hf_lora import LoRAConfig, LoRAStateError, LoRAUnsupportedError
+from hf_lora import LoRAConfig, LoRAFileError, LoRAStateError, LoRAUnsupportedError
 
 CONFIG = LoRAConfig(r=4, target_modules=["q", "v"], alpha=8)
 
@@ -317,3 +317,40 @@ def test_a_value_is_a_copy(tiny: Any) -> None:
         assert tensor.abs().max() > 0
         tensor.zero_()
     assert all(tensor.abs().max() > 0 for tensor in model.lora_state_dict("a").values())
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".adapter_config.json.pending"]
+)
+def test_a_merged_model_is_not_saved_beside_an_adapter(tiny: Any, batch: Any, tmp_path: Any, name: str) -> None:
+    """`from_pretrained` would load the merged weights and add the adapter to them once more."""
+    model = tiny("llama")
+    model.add_lora(CONFIG)
+    randomise(model)
+    model.save_lora(tmp_path / "adapter")
+    model.merge_lora()
+    inputs = batch(model)
+    merged = logits(model, inputs)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    source = tmp_path / "adapter" / name
+    (folder / name).write_bytes(source.read_bytes() if source.exists() else b"{}")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for main in (True, False):
+        with pytest.raises(LoRAFileError, match=f"{name}.*a second time.*Nothing was written"):
+            model.save_pretrained(folder, is_main_process=main)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / name).unlink()
+    model.save_pretrained(folder)
+    assert torch.equal(logits(type(model).from_pretrained(folder).eval(), inputs), merged)
+
+
+def test_an_adapter_and_then_its_merged_model_in_one_folder_is_refused(tiny: Any, tmp_path: Any) -> None:
+    model = tiny("llama")
+    model.add_lora(CONFIG)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    model.merge_lora()
+    with pytest.raises(LoRAFileError, match=r"folder of its own"):
+        model.save_pretrained(str(tmp_path), push_to_hub=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoRAStateError, LoRAUnsupportedError
+from ..errors import LoRAFileError, LoRAStateError, LoRAUnsupportedError
 from ..layerinfo import is_held
 from ..loading import save_checkpoint
 from ..model import put, read, remove, state_of
@@ -63,6 +64,7 @@ def install(registry: Registry, cls: Any) -> None:
         options = given.arguments | given.arguments.get("kwargs", {})
         tensors = options.get("state_dict")
         if state.merged is not None:  # the whole merged model, as stock writes it
+            _refuse_beside_an_adapter(options["save_directory"])
             tensors = base_state_dict(self) if tensors is None else {k: t for k, t in tensors.items() if not is_held(k)}
             given.arguments["state_dict"] = tensors
             self.__dict__.pop("_hf_peft_config_loaded", None)
@@ -109,6 +111,20 @@ def install(registry: Registry, cls: Any) -> None:
     registry.set(cls, "save_pretrained", save_pretrained)
     registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
+
+
+def _refuse_beside_an_adapter(directory: str | os.PathLike[str]) -> None:
+    """Refuse a folder with an adapter in it for a merged model: `from_pretrained` would apply the adapter again."""
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".adapter_config.json.pending")
+    found = [name for name in names if os.path.lexists(os.path.join(directory, name))]
+    if found:
+        raise LoRAFileError(
+            f"{os.fspath(directory)} holds {', '.join(found)}: from_pretrained() of a merged model there would add the "
+            "adapter a second time. Nothing was written.",
+            name=found[0],
+            value=os.fspath(directory),
+            remedy="Save the merged model to a folder of its own, or delete the adapter's files there.",
+        )
 
 
 def _require_own(model: Any, tensors: Mapping[str, Tensor]) -> None:
