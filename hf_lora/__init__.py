@@ -7,8 +7,9 @@
     model.save_lora("out/")
 """
 
-from .adapter import LoRAAdapter
-from .config import LoRAConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     LoRAConfigError,
     LoRAError,
@@ -21,10 +22,18 @@ from .errors import (
     LoRATargetError,
     LoRAUnsupportedError,
 )
-from .mixin import register, unregister
+from .registration import register, unregister
+
+if TYPE_CHECKING:
+    from .adapter import LoRAAdapter
+    from .config import LoRAConfig
+    from .hub import list_adapters
+    from .optimizer import optimizer_groups
+    from .training import LoRACallback
 
 __all__ = [
     "LoRAAdapter",
+    "LoRACallback",
     "LoRAConfig",
     "LoRAConfigError",
     "LoRAError",
@@ -37,10 +46,34 @@ __all__ = [
     "LoRATargetError",
     "LoRAUnsupportedError",
     "__version__",
+    "list_adapters",
+    "optimizer_groups",
     "register",
     "unregister",
 ]
 
 __version__ = "0.1.0"
+
+# Public name -> the file it lives in, imported at its first use: these need torch, which takes seconds to import.
+_LATER = {
+    "LoRAAdapter": "adapter",
+    "LoRACallback": "training",
+    "LoRAConfig": "config",
+    "list_adapters": "hub",
+    "optimizer_groups": "optimizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 register()

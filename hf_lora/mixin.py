@@ -1,4 +1,4 @@
-"""The verbs as methods of every transformers model, and `register` / `unregister`."""
+"""The verbs as methods of every transformers model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import loading, merging, summary, switching
 from . import model as placing
 from .config import LoRAConfig
-from .integrations import auto, importing, pretrained, trainer
+from .integrations import auto, pretrained, reporting, trainer, trl
 from .integrations.patching import Registry
 from .summary import Summary
 from .switching import Which
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .adapter import LoRAAdapter
 
-__all__ = ["LoRAMixin", "register", "unregister"]
+__all__ = ["LoRAMixin", "install"]
 
 
 class LoRAMixin:
@@ -232,24 +232,15 @@ class LoRAMixin:
         return None if state is None else switching.described(state.current)
 
 
-_REGISTRY = Registry()
-
-
-def register() -> None:
-    """Make the verbs methods of `PreTrainedModel`. `import hf_lora` does this; doing it again changes nothing."""
-    if len(_REGISTRY):
-        return
+def install(registry: Registry) -> None:
+    """Make the verbs methods of `PreTrainedModel`, and wrap what transformers does with adapters."""
     from transformers import PreTrainedModel
 
     for name, verb in vars(LoRAMixin).items():
         if not name.startswith("_"):
-            _REGISTRY.set(PreTrainedModel, name, verb)
-    pretrained.install(_REGISTRY, PreTrainedModel)
-    trainer.install(_REGISTRY)
-    auto.install(_REGISTRY)
-
-
-def unregister() -> None:
-    """Give transformers back exactly what `register` replaced. Adapters already on models keep working."""
-    importing.forget()
-    _REGISTRY.restore()
+            registry.set(PreTrainedModel, name, verb)
+    pretrained.install(registry, PreTrainedModel)
+    trainer.install(registry)
+    reporting.install(registry)
+    trl.install(registry)
+    auto.install(registry)

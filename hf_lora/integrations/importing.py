@@ -13,15 +13,20 @@ __all__ = ["forget", "when_imported"]
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds a watched module with the other finders, and calls back once it has run."""
+    """Finds a module with the other finders, and calls back once it has run.
+
+    It looks at every module of a package that is watched at all: a callback may be asked for while its module already
+    runs (transformers.trainer imports transformers.modeling_utils, whose callback then asks for transformers.trainer).
+    """
 
     def __init__(self) -> None:
         self.callbacks: dict[str, list[Callable[[ModuleType], None]]] = {}
+        self.packages: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in self.callbacks:
+        if name.partition(".")[0] not in self.packages:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -35,8 +40,9 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            for callback in self.callbacks.pop(name, []):
-                callback(module)
+            while callbacks := self.callbacks.pop(name, []):  # one may ask for another of the same module
+                for callback in callbacks:
+                    callback(module)
 
         loader.exec_module = exec_module  # this loader is of this module alone
 
@@ -51,6 +57,7 @@ def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
         callback(module)
         return
     _WATCHER.callbacks.setdefault(name, []).append(callback)
+    _WATCHER.packages.add(name.partition(".")[0])
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)
 
@@ -58,5 +65,6 @@ def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
 def forget() -> None:
     """Wait for no module any more."""
     _WATCHER.callbacks.clear()
+    _WATCHER.packages.clear()
     if _WATCHER in sys.meta_path:
         sys.meta_path.remove(_WATCHER)
