@@ -20,18 +20,26 @@ Json = Annotated[
 ]
 
 
+_WIDE = 160  # columns of a table that goes into a file or a pipe, where nothing has to fit a window
+
+
 def stdout() -> Any:
     """A rich Console for results."""
-    from rich.console import Console
-
-    return Console()
+    return _console(stderr=False)
 
 
 def stderr() -> Any:
     """A rich Console for progress and notes."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True)
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDE
+    return console
 
 
 def emit(result: Any) -> None:

@@ -24,7 +24,7 @@ from .settings import ADAPTER, CHECKPOINTS, FORMAT, RECORD, Settings, earlier_ru
 from .train import complete_checkpoint, remove_incomplete, train
 from .verdict import OURS, compare
 
-__all__ = ["Interrupted", "journey"]
+__all__ = ["Interrupted", "journey", "quiet"]
 
 NOT_BETTER = 1  # the exit code of a run whose adapter did not win, or whose proofs failed
 _PROBED = 4  # held-out examples whose logits the proofs compare
@@ -71,7 +71,7 @@ def journey(
         return _report(console, record, settings)
     run = _Run(settings, console, record)
     try:
-        with _quiet():
+        with quiet():
             run.go(base, data)
     except KeyboardInterrupt:
         remove_incomplete(settings.out / CHECKPOINTS)
@@ -334,7 +334,7 @@ def _device() -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' own bars and warnings off the screen: what matters here is said by the journey."""
     from transformers.utils import logging
 

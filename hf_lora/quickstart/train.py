@@ -14,7 +14,7 @@ from typing import Any
 from .data import Prompter, TaskData
 from .evaluate import collate
 
-__all__ = ["Recipe", "complete_checkpoint", "remove_incomplete", "train"]
+__all__ = ["Recipe", "complete_checkpoint", "deferred_interrupt", "remove_incomplete", "train"]
 
 _AT_ONCE = 4  # examples of a step whose activations are in memory together
 _COMPLETE = "complete"  # this file in a checkpoint says that all others are written
@@ -116,7 +116,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar says it
     try:
-        with _deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except BaseException:
         remove_incomplete(folder)
@@ -128,7 +128,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
+def deferred_interrupt() -> Iterator[threading.Event]:
     """Within, the first Ctrl-C only sets the event; the second is a KeyboardInterrupt as ever."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
