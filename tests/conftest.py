@@ -33,6 +33,7 @@ NOT_CORE = {
     "test_ci.py",
     "test_docs.py",
     "test_import_table.py",
+    "test_export_hub.py",
     "test_local_hub.py",
     "test_package.py",
     "test_quickstart.py",

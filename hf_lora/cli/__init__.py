@@ -1,6 +1,9 @@
 """The command `hf-lora`: a thin file for each command, which imports what it calls when it runs."""
 
-from . import quickstart  # noqa: F401  # importing a command's file adds it to the app
+from . import (  # noqa: F401  # importing a command's file adds it to the app
+    merge,
+    quickstart,
+)
 from .app import app
 
 __all__ = ["app", "main"]
