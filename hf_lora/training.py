@@ -344,7 +344,7 @@ def _usable_folder(folder: Any) -> Path:
 
 def _require_repo(name: str, repo_id: Any) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not re-exported
 
     try:
         validate_repo_id(repo_id)
