@@ -38,6 +38,9 @@ NOT_CORE = {
     "test_package.py",
     "test_quickstart.py",
     "test_cli.py",
+    "test_cli_hub.py",
+    "test_cli_train.py",
+    "test_recipe.py",
 }
 
 # What the oldest supported transformers (5.0.0) cannot show: part of a test's id -> why.

@@ -46,6 +46,7 @@ TABLE: dict[str, str] = {
     "spectrum": "values",
     "health": "errors spectrum values",
     "safefile": "errors",
+    "folders": "errors safefile store",
     "layout": "config errors values",
     "store": "config errors layout safefile values",
     "bases": "errors",
@@ -77,12 +78,13 @@ TABLE: dict[str, str] = {
     "hf_lora": "adapter config errors hub optimizer registration training",  # the package's own __init__
     # thin, and free to import anything
     "quickstart": "*",
+    "recipe": "*",
     "cli": "*",
     "__main__": "*",
 }
 
 # What `import hf_lora` must not bring: every room but these is imported by it, at once or when a verb is used.
-LATE = {"quickstart", "cli", "training", "__main__"}
+LATE = {"quickstart", "recipe", "cli", "training", "__main__"}
 HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "rich", "rouge_score", "trl", "typer"}
 
 

@@ -1,8 +1,12 @@
 """The command `hf-lora`: a thin file for each command, which imports what it calls when it runs."""
 
-from . import (  # noqa: F401  # importing a command's file adds it to the app
+from . import (  # noqa: A004, F401  # importing a command's file adds it to the app
+    list,
     merge,
+    pull,
+    push,
     quickstart,
+    train,
 )
 from .app import app
 
