@@ -98,7 +98,7 @@ class Faults:
         return self._add("no header", path, method, times, value=name.lower().encode())
 
     def call(self, function: Callable[[], Any], path: str = "*", method: str = "*", times: int | None = 1) -> Fault:
-        """Call a function before the request is handled, for example to commit in between."""
+        """Call a function before the request is handled, in a thread: to commit in between, or to wait for the test."""
         return self._add("call", path, method, times, value=function)
 
     def clear(self) -> None:
@@ -125,7 +125,7 @@ class Faults:
             if fault.kind == "delay":
                 await asyncio.sleep(fault.value)
             elif fault.kind == "call":
-                fault.value()
+                await asyncio.to_thread(fault.value)
             elif fault.kind == "hang":
                 await _until(released, receive)
             elif fault.kind == "status":
