@@ -1,7 +1,8 @@
 """The command `hf-lora`: a thin file for each command, which imports what it calls when it runs."""
 
-from . import (  # noqa: A004, F401  # importing a command's file adds it to the app
-    list,
+from . import (  # noqa: F401  # importing a command's file adds it to the app
+    info,
+    list,  # noqa: A004  # the command's own name
     merge,
     pull,
     push,

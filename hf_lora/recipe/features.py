@@ -361,7 +361,8 @@ def _continued(
     written = data.chat or data.form == "messages"  # the chat template writes beginning and end itself
     begin, end = ([], []) if written else _edges(tokenizer)
     chunk = [segments(data, tokenizer, rows, index) for index in indices]
-    flat = iter(_ids(tokenizer, [text for parts in chunk for text, _ in parts], add_special_tokens=False)["input_ids"])
+    texts = [text for parts in chunk for text, _ in parts]
+    flat = iter(_ids(tokenizer, texts, add_special_tokens=False)["input_ids"] if texts else ())
     for index, parts in zip(indices, chunk, strict=True):
         pieces = [(begin, False), *((next(flat), learned) for _, learned in parts), (end, True)]
         ids = [token for piece, _ in pieces for token in piece]

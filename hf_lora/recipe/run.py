@@ -281,6 +281,14 @@ def _add_lora(model: Any, recipe: Recipe, found: Found) -> None:
 def _arguments(recipe: Recipe, folder: Path, *, evaluates: bool, resumed: bool = False) -> Any:
     from transformers import TrainingArguments
 
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise RecipeError(
+            f"This is one of {processes} processes, and a recipe runs in one.",
+            name="WORLD_SIZE",
+            value=processes,
+            remedy="Write a training script for several processes, or start `hf-lora train` without a launcher.",
+        )
     # Before training, but not again where a run goes on: its log has it already.
     defaults = {**DEFAULTS, "eval_on_start": evaluates and not resumed}
     given = {**defaults, **recipe.training, "output_dir": str(folder), "seed": recipe.seed, "disable_tqdm": True}
@@ -299,12 +307,6 @@ def _arguments(recipe: Recipe, folder: Path, *, evaluates: bool, resumed: bool =
         raise RecipeError(
             f"training: TrainingArguments refuses this: {error}", name="training", value=dict(recipe.training)
         ) from error
-    if arguments.world_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            f"This is one of {os.environ.get('WORLD_SIZE', arguments.world_size)} processes, and a recipe runs in one.",
-            name="WORLD_SIZE",
-            remedy="Write a training script for several processes, or start `hf-lora train` without a launcher.",
-        )
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments
 
