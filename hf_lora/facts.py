@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import LoRAFileError
 
@@ -67,14 +67,14 @@ class RunFacts:
         losses, evaluations, seconds = [], [], None
         for entry in entries:
             step = entry.get("step")
-            if not isinstance(step, int):
+            if not _whole(step):
                 continue
             if _number(entry.get("loss")):
                 losses.append((step, float(entry["loss"])))
             measured = {
                 key: float(value)
                 for key, value in entry.items()
-                if key.startswith("eval_") and _number(value) and not key.endswith(_NO_METRIC)
+                if isinstance(key, str) and key.startswith("eval_") and _number(value) and not key.endswith(_NO_METRIC)
             }
             measured.pop("eval_runtime", None)
             if measured:
@@ -82,11 +82,11 @@ class RunFacts:
             if _number(entry.get("train_runtime")):
                 seconds = float(entry["train_runtime"])
         facts = {
-            "steps": state["global_step"] if isinstance(state.get("global_step"), int) else 0,
+            "steps": steps if _whole(steps := state.get("global_step")) else 0,
             "epochs": float(state["epoch"]) if _number(state.get("epoch")) else None,
             "seconds": seconds,
-            "losses": tuple(losses),
-            "evaluations": tuple(evaluations),
+            "losses": tuple(sorted(losses, key=lambda entry: entry[0])),
+            "evaluations": tuple(sorted(evaluations, key=lambda entry: entry[0])),
             "best": _best(state, evaluations),
         }
         return cls(**{**facts, **known})
@@ -122,8 +122,18 @@ class RunFacts:
         return cls.from_log(state)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    """Whether it can be a number of steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _best(
@@ -131,7 +141,7 @@ def _best(
 ) -> tuple[str, float, int] | None:
     """The metric whose value at the best step is the best metric: Trainer's state does not name it."""
     value, step = state.get("best_metric"), state.get("best_global_step")
-    if not _number(value) or not isinstance(step, int):
+    if not _number(value) or not _whole(step):
         return None
     named = [metric for at, metrics in evaluations if at == step for metric, found in metrics.items() if found == value]
-    return (named[0], float(value), step) if named else None  # type: ignore[arg-type]  # _number says it is one
+    return (named[0], float(value), step) if named else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .values import Factors
 
-__all__ = ["delta_norm", "effective_rank", "singular_values"]
+__all__ = ["delta_norm", "effective_rank", "parts", "singular_values"]
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -19,6 +21,18 @@ def singular_values(factors: Factors) -> Tensor:
     left = torch.linalg.qr(b, mode="r").R
     right = torch.linalg.qr(a.T, mode="r").R
     return torch.linalg.svdvals(left @ right.T) * factors.scaling
+
+
+def parts(factors: Factors) -> list[tuple[str, Factors]]:
+    """The factors of each role's rows in a fused layer, (role, factors); of a whole layer [("", factors)].
+
+    Each part's ΔW is that of its rows alone: (len(block), in).
+    """
+    if not factors.blocks:
+        return [("", factors)]
+    rank = factors.rank // len(factors.blocks)
+    alpha = factors.scaling * (math.sqrt(rank) if factors.use_rslora else rank)
+    return [(block.role, Factors(factors.kind, a, b, alpha, factors.use_rslora)) for block, a, b in factors.split()]
 
 
 def delta_norm(factors: Factors) -> float:

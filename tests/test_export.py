@@ -800,7 +800,7 @@ print("MB", now("VmHWM") - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs a CUDA device")
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_a_large_model_is_never_in_memory(tmp_path: Path) -> None:
     """600 MB of weights, of which the largest that changes has 8 MB, merge in less than 250 MB beyond the imports."""
     config = transformers.LlamaConfig(

@@ -72,6 +72,7 @@ TABLE: dict[str, str] = {
     "export": "bases config errors fitting integrations layerinfo loading safefile values",
     "inspection": "architectures config errors facts health loading safefile spectrum store values",
     "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
+    "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
