@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import LoRAMismatchError
 from .layerinfo import is_held
 from .layers import BIAS_ADDED, LoRAHead, Swapped
+from .sharding import whole
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve, row_maps
 from .values import AdapterValue
@@ -161,7 +162,7 @@ def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor) -> 
         return [f"{path}: the model has no such embedding"]
     if own.shape != copied.shape:
         return [f"{path}: the file's copy is {tuple(copied.shape)}, the model's {tuple(own.shape)} (tokens added?)"]
-    if own.is_meta or torch.equal(own.detach().cpu(), copied.to(own.dtype).cpu()):
+    if own.is_meta or torch.equal(whole(own).detach().cpu(), copied.to(own.dtype).cpu()):
         return []
     return [f"{path}: the file carries an embedding that differs from this base's, so it was made on another base"]
 

@@ -17,12 +17,14 @@ from .bases import hub_id, same_base
 from .errors import LoRAFileError, LoRAMismatchError, LoRANameError
 from .layerinfo import is_held
 from .model import put, read, refill, require
+from .sharding import first_alone
 from .values import AdapterValue
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 __all__ = [
+    "checkpoint_folders",
     "load_checkpoint",
     "load_lora",
     "lora_state_dict",
@@ -170,9 +172,12 @@ def save_lora(
 ) -> Path:
     """Write one adapter in PEFT's format, atomically.
 
+    On a model that fully_shard() has split, every process must call this; the first one alone writes.
+
     Args:
         directory: made if missing; other files in it stay.
         name: which adapter; None takes the only one, or the only one active.
+        tensors: the model's whole state dict, where it was gathered already: then nothing is asked of other processes.
 
     Returns:
         the folder.
@@ -181,12 +186,18 @@ def save_lora(
         LoRANameError: no such adapter, or several and none named.
         LoRAFileError: it cannot be written; what was there stays.
     """
-    return store.write_adapter(read_adapter_of(model, name), directory)
+    value = read_adapter_of(model, name, tensors)
+    if tensors is not None:
+        return store.write_adapter(value, directory)
+    first_alone(model, lambda: store.write_adapter(value, directory))
+    return Path(directory)
 
 
-def read_adapter_of(model: nn.Module, name: str | None = None) -> AdapterValue:
+def read_adapter_of(
+    model: nn.Module, name: str | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> AdapterValue:
     """One adapter as a value, with names that PEFT understands."""
-    return _portable(model, read(model, _chosen(model, name)))
+    return _portable(model, read(model, _chosen(model, name), tensors))
 
 
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -254,7 +265,7 @@ def _checkpointed(model: nn.Module) -> list[str]:
     return training or [entry.name for entry in state.default.entries] or list(state.entries)
 
 
-def _folders(model: nn.Module, directory: PathLike) -> dict[str, Path]:
+def checkpoint_folders(model: nn.Module, directory: PathLike) -> dict[str, Path]:
     """Where each adapter of a checkpoint lies: one alone at the root, several in a folder each."""
     names = _checkpointed(model)
     if len(names) == 1:
@@ -262,10 +273,10 @@ def _folders(model: nn.Module, directory: PathLike) -> dict[str, Path]:
     return {name: Path(directory) / (_PREFIX + urllib.parse.quote(name, safe="")) for name in names}
 
 
-def save_checkpoint(model: nn.Module, directory: PathLike) -> None:
-    """Write every adapter that trains: one alone at the root, several in a folder each."""
-    for name, folder in _folders(model, directory).items():
-        save_lora(model, folder, name)
+def save_checkpoint(model: nn.Module, directory: PathLike, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write every adapter that trains: one alone at the root, several in a folder each. `tensors`: see `save_lora`."""
+    for name, folder in checkpoint_folders(model, directory).items():
+        save_lora(model, folder, name, tensors)
 
 
 def load_checkpoint(model: nn.Module, directory: PathLike) -> None:
@@ -280,7 +291,7 @@ def read_checkpoint(model: nn.Module, directory: PathLike) -> dict[str, AdapterV
         LoRAFileError: an adapter's files are missing or damaged.
         LoRAMismatchError: the checkpoint is of other adapters.
     """
-    folders = _folders(model, directory)
+    folders = checkpoint_folders(model, directory)
     held = {urllib.parse.unquote(path.name.removeprefix(_PREFIX)) for path in Path(directory).glob(f"{_PREFIX}*")}
     alone = (Path(directory) / store.CONFIG_NAME).exists()
     wanted = set(folders) if len(folders) > 1 else set()

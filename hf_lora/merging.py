@@ -12,6 +12,7 @@ from .errors import LoRAStateError, LoRAUnsupportedError
 from .layerinfo import is_held
 from .layers import LoRAHead, LoRALinear
 from .model import read, require
+from .sharding import refuse_sharded
 from .state import Active
 from .switching import Which, selection
 from .targeting import describe_layer
@@ -56,6 +57,8 @@ def merge_lora(model: nn.Module, which: Which = None) -> Merged:
         )
     if model.training:
         raise LoRAStateError("merge_lora() cannot be used while the model trains.", remedy="Call model.eval() first.")
+    remedy = "save_lora(), and merge where the base is whole, in one process."
+    refuse_sharded(model, "merge_lora() cannot be used", remedy, zero3=True)
     active = state.default if which is None else selection(state, which)
     if not active.mixture:
         raise LoRAStateError("No adapter is active, so there is nothing to merge.", remedy="Name one: merge_lora('…').")

@@ -6,7 +6,7 @@ Whatever puts an adapter goes through `put`, which checks everything before it t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
 from .layerinfo import HELD
-from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
+from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .sharding import assign, refuse_sharded, reshard, whole
 from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows
 from .targeting import LayerInfo, Resolution, describe_layer, resolve
@@ -29,6 +30,18 @@ from .weights import compute_dtype, device_of, materialised
 __all__ = ["Resident", "add", "put", "read", "refill", "remove", "require", "state_of", "train"]
 
 _STATE = "_lora_state"
+_UNSYNCED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel's own name
+
+
+class _Unsynced:
+    """Names of what DDP leaves alone: the frozen banks, which it would otherwise broadcast in every forward."""
+
+    def __init__(self, model: nn.Module, others: tuple[str, ...]) -> None:
+        self.model, self.others = model, others
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        yield from (name for name, _ in self.model.named_buffers() if ".lora_slots." in f".{name}")
 
 
 @dataclass
@@ -142,7 +155,12 @@ def put(
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
     if not isinstance(name, str) or not name:
-        raise LoRANameError(f"{name!r} is no name for an adapter.", value=name, expected="a string that is not empty")
+        raise LoRANameError(
+            f"{name!r} is no name for an adapter.",
+            value=name,
+            expected="a string that is not empty",
+            remedy='Give any string, such as "task" or "org/task".',
+        )
     value.config.require_supported()
     state = state_of(model)
     _refuse_foreign(model, state)
@@ -162,6 +180,11 @@ def put(
             )
         if name in state.entries:
             state.require_unused("replace", [state.entries[name]])
+        _refuse_managed(model, [state.entries[name]] if name in state.entries else [], "replaced")
+    if trainable or value.modules:
+        what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
+        refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
+    reshard(model)
     plan = make_plan(model, value, state, complete)
     fresh = state is None
     state = _attach(model) if state is None else state
@@ -292,6 +315,7 @@ def _attach(model: nn.Module) -> LoRAState:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     setattr(model, _STATE, state)
+    setattr(model, _UNSYNCED, _Unsynced(model, tuple(getattr(model, _UNSYNCED, ()))))
     model.register_forward_pre_hook(_check_batch, with_kwargs=True)
     return state
 
@@ -316,6 +340,9 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         if path in trained:
             parameter.requires_grad_(True)
     delattr(model, _STATE)
+    unsynced = model.__dict__.pop(_UNSYNCED, None)
+    if isinstance(unsynced, _Unsynced) and unsynced.others:
+        setattr(model, _UNSYNCED, unsynced.others)
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_batch]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -347,11 +374,31 @@ def _refuse_foreign(model: nn.Module, state: LoRAState | None) -> None:
             )
 
 
+def _refuse_managed(model: nn.Module, entries: Iterable[Entry], what: str) -> None:
+    """Refuse to take off a sharded model what fully_shard() manages: Parameters, and the classes of its own modules."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in entries:
+        layers = [modules.get(path) for path in entry.record.layers]
+        beneath = any(isinstance(m, Swapped) and "lora_base" not in vars(type(m)) for m in layers)
+        if entry.trainable or entry.record.heads or beneath:
+            refuse_sharded(
+                model,
+                f"Adapter {entry.name!r} was there before fully_shard() and cannot be {what}",
+                "Choose what is on the model before fully_shard(), or save_lora() and build the model again.",
+            )
+
+
 # ---- reading, training, removing ------------------------------------------------------------------------------------
 
 
-def read(model: nn.Module, name: str) -> AdapterValue:
-    """The adapter as a value: a frozen one as it came, a trainable one as it stands now (copies, on the CPU)."""
+def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = None) -> AdapterValue:
+    """The adapter as a value: a frozen one as it came, a trainable one as it stands now (copies, on the CPU).
+
+    Every process of a model that fully_shard() has split must call this.
+
+    Args:
+        tensors: take what is trainable from this whole state dict of the model, rather than from the model.
+    """
     state = require(model)
     entry = state.entry(name)
     resident: Resident = entry.record
@@ -360,20 +407,28 @@ def read(model: nn.Module, name: str) -> AdapterValue:
     factors: dict[str, Factors] = {}
     biases: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
+    reshard(model)
+
+    def own(path: str, tensor: Tensor) -> Tensor:
+        tensor = (whole(tensor) if tensors is None else tensors[path]).detach()
+        return tensor if tensor.is_meta else tensor.to("cpu", copy=True)
+
     for path in resident.layers:
         slots = _present(modules, path, LoRALinear).lora_slots
-        slot, pair = slots.slots[entry.slot], slots.dense(entry.slot)
+        slot = slots.slots[entry.slot]
+        pair = slots.dense(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
         assert pair is not None
-        A, B = (t.detach().to("cpu", copy=True) if not t.is_meta else t.detach() for t in pair)
+        A, B = pair
         kind = "embedding" if slots.kind == "embedding" else "linear"
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
         factors[path] = Factors(kind, A, B, slot.alpha, resident.config.use_rslora, blocks)  # type: ignore[arg-type]
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
-        biases[path] = owner.lora_slots.get_parameter(f"bias{entry.slot}").detach().to("cpu", copy=True)
+        key = f"bias{entry.slot}"
+        biases[path] = own(f"{path.rpartition('.')[0]}.lora_slots.{key}", owner.lora_slots.get_parameter(key))
     heads = {
         path: {
-            key: tensor.detach().to("cpu", copy=True)
+            key: own(f"{path}.lora_heads.copies.{entry.slot}.{key}", tensor)
             for key, tensor in _present(modules, path, LoRAHead).lora_heads.copies[str(entry.slot)].state_dict().items()
         }
         for path in resident.heads
@@ -445,12 +500,13 @@ def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             B = B[rows, columns]
-        slots.get_parameter(f"A{index}").copy_(factors.A)
-        slots.get_parameter(f"B{index}").copy_(B)
+        assign(slots.get_parameter(f"A{index}"), factors.A)
+        assign(slots.get_parameter(f"B{index}"), B)
     for path, bias in value.biases.items():
-        modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}").copy_(bias)
+        assign(modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}"), bias)
     for path, tensors in value.modules.items():
-        modules[path].lora_heads.copies[str(index)].load_state_dict(dict(tensors))
+        for key, own in modules[path].lora_heads.copies[str(index)].state_dict().items():
+            assign(own, tensors[key])
 
 
 def train(model: nn.Module, names: Iterable[str]) -> None:
@@ -463,9 +519,18 @@ def train(model: nn.Module, names: Iterable[str]) -> None:
     state.require_unmerged("train_lora")
     if isinstance(names, str):
         names = [names]
+    if not isinstance(names, Iterable):
+        raise LoRANameError(
+            f"{names!r} names no adapters.",
+            value=names,
+            expected=tuple(state.entries),
+            remedy='Give a name or a list of names: train_lora("task"); an empty list freezes all.',
+        )
     chosen = [state.entry(name) for name in names]
     changing = [entry for entry in state.entries.values() if entry.trainable != (entry in chosen)]
     state.require_unused("train_lora", changing)
+    if changing:
+        refuse_sharded(model, "train_lora() cannot be used", "Choose what trains before fully_shard().")
     with state.lock, torch.inference_mode(False):
         for entry in changing:
             _convert(model, state, entry)
@@ -495,6 +560,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     state = require(model)
     chosen = list(state.entries.values()) if name is None else [state.entry(name)]
     state.require_unused("remove_lora", chosen)
+    _refuse_managed(model, chosen, "removed")
     with state.lock:
         for entry in chosen:
             _forget(model, state, entry)

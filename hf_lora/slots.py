@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,15 +124,20 @@ class LoRASlots(nn.Module):
                 if index < bank.shape[0]:
                     bank[index].zero_()
 
-    def dense(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """A (R, in) and the dense, unscaled B (out, R) of a trainable adapter, as they are; None without factors."""
+    def dense(
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """A (R, in) and the dense, unscaled B (out, R) of a trainable adapter; None without factors.
+
+        Args:
+            of: what to take for a Parameter, given its name here and itself.
+        """
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A: Tensor = self.get_parameter(f"A{index}")
-        B: Tensor = self.get_parameter(f"B{index}")
+        A, B = (of(key, self.get_parameter(key)) for key in (f"A{index}", f"B{index}"))
         if slot.blocks:
-            rows, columns = self.get_buffer(f"rows{index}"), self.get_buffer(f"columns{index}")
+            rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
         return A, B
 

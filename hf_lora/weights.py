@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAStateError, LoRAUnsupportedError
+from .sharding import whole
 
 __all__ = ["MergeRecord", "compute_dtype", "device_of", "materialised", "merge", "mergeable", "unmerge"]
 
@@ -59,7 +60,8 @@ def materialised(module: nn.Module, name: str) -> Tensor:
         if tensor.is_meta and offloaded is not None:
             found: Tensor = offloaded[name]
             return found.detach().to("cpu", copy=True)
-    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    tensor = whole(tensor).detach()
+    return tensor if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
 def compute_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:

@@ -19,6 +19,7 @@ from ..errors import LoRAFileError, LoRAStateError, LoRAUnsupportedError
 from ..layerinfo import is_held
 from ..loading import save_checkpoint
 from ..model import put, read, remove, state_of
+from ..sharding import is_sharded
 from ..state import Active
 from ..values import AdapterValue
 from .checkpointing import bind_checkpoints, unbind_checkpoints
@@ -79,11 +80,12 @@ def install(registry: Registry, cls: Any) -> None:
                 value=True,
                 remedy="Save the adapter and upload the folder.",
             )
-        if tensors is not None:
+        sharded = is_sharded(self)
+        if tensors is not None and not sharded:
             _require_own(self, tensors)
-        if not options.get("is_main_process", True):
-            return None
-        return save_checkpoint(self, options["save_directory"])
+        if not options.get("is_main_process", True) and (tensors is not None or not sharded):
+            return None  # of a sharded model every process takes part in gathering it
+        return save_checkpoint(self, options["save_directory"], tensors if sharded else None)
 
     @functools.wraps(checkpointing)
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> Any:
