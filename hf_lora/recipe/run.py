@@ -208,9 +208,10 @@ def _train(
     start = None if record is None else folder.latest()
     if record is not None and start is not None:
         folder.require_same_data(record, fingerprint)
+    arguments = _arguments(recipe, folder.checkpoints, evaluates=data.eval is not None, resumed=start is not None)
+    _add_lora(found.skeleton(data.labels), recipe, found)  # a mistake shows before anything is loaded or written
     folder.begin(recipe, fresh=fresh)
     folder.remove_incomplete()
-    arguments = _arguments(recipe, folder.checkpoints, evaluates=data.eval is not None, resumed=start is not None)
     note(f"loading {found.name} from {found.origin}")
     set_seed(recipe.seed)  # for A, and for a new classifier
     model = found.model(data.labels)
