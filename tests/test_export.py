@@ -47,9 +47,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same(mine: Path, stock: Path) -> None:
     """Same names, dtypes, shapes and bits."""
     one, other = weights(mine), weights(stock)
+    if OLDEST:  # transformers 5.0 saves every model with the names of old, whatever names it was loaded from
+        one, other = ({_today(key): tensor for key, tensor in found.items()} for found in (one, other))
     assert one.keys() == other.keys()
     for key in other:
         assert oracles.same_bits(one[key], other[key]), key
+
+
+def _today(key: str) -> str:
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def assert_nothing_left(folder: Path, *, besides: tuple[str, ...] = ("base", "adapter")) -> None:
@@ -250,7 +256,8 @@ def test_a_base_with_names_of_old(saved: Any) -> None:
     resave(folder, lambda key: next((key.replace(k, v) for k, v in old.items() if key.endswith(k)), key))
     assert any("gamma" in key for key in load_file(folder / "base/model.safetensors"))
     merge_to_folder(folder / "adapter", folder / "out", folder / "base")
-    assert_loads_the_same(folder / "out", "bert-cls", stock(folder, "bert-cls"))
+    assert_same(folder / "out", stock(folder, "bert-cls"))
+    assert_loads_the_same(folder / "out", "bert-cls", folder / "stock")
 
 
 def test_a_base_with_another_head_gives_the_model_of_the_task(tiny: Any, tmp_path: Path) -> None:
@@ -720,6 +727,7 @@ def child(folder: Path, *, before: str = "", each: str = "pass") -> subprocess.C
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_half_folder_and_the_next_merge_cleans_up(saved: Any) -> None:
     folder = saved("llama", {"r": 4, **Q_V})
     done = child(folder, each="done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)")
@@ -731,6 +739,7 @@ def test_a_kill_leaves_no_half_folder_and_the_next_merge_cleans_up(saved: Any) -
     assert_same(folder / "out", stock(folder, "llama"))
 
 
+@pytest.mark.slow
 def test_a_merge_that_runs_is_not_cleaned_up(saved: Any) -> None:
     folder = saved("llama", {"r": 4, **Q_V})
     (folder / "go").touch()
@@ -757,6 +766,7 @@ def test_a_merge_that_runs_is_not_cleaned_up(saved: Any) -> None:
     assert_same(folder / "out", stock(folder, "llama"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(saved: Any) -> None:
     """A limit on the size of a file ends a write as a full disk does."""
     folder = saved("llama", {"r": 4, **Q_V})

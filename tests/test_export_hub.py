@@ -1,4 +1,4 @@
-"""`merge_to_folder` with the adapter and the base on a hub: what is fetched, and what is said if something is not."""
+"""Merging and inspecting with the adapter and the base on a hub: what is fetched, what is said if something is not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from hf_lora import LoRAConfig, LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
 from hf_lora.export import merge_to_folder
+from hf_lora.inspection import inspect
 
 
 @pytest.fixture
@@ -90,3 +91,17 @@ def test_what_the_hub_does_not_give(hub: Any, published: Path) -> None:
     assert caught.value.remedy
     assert not (published / "out").exists()
     assert not list(published.glob(".out*"))
+
+
+def test_info_of_an_adapter_on_the_hub(hub: Any, published: Path) -> None:
+    """`inspect` fetches the two files alone, says which commit they are of, and knows a repo without weights."""
+    found = inspect("me/task")
+    assert (found.loadable, found.base, found.commit) == (True, "me/base", hub.history("me/task")[0].oid)
+    assert set(hub.fetched("me/task")) == {"adapter_config.json", "adapter_model.safetensors"}
+    config = (published / "adapter/adapter_config.json").read_bytes()
+    hub.commit("me/bare", {"a/adapter_config.json": config})
+    bare = inspect("me/bare", subfolder="a")
+    assert (bare.loadable, bare.base, bare.commit) == (False, "me/base", hub.history("me/bare")[0].oid)
+    assert bare.problem is not None
+    with pytest.raises(LoRAFileError, match="adapter_config"):
+        inspect("me/base")

@@ -8,6 +8,7 @@ import typer
 
 from .app import app
 from .output import Json, emit, stderr, stdout, stdout_is_ours
+from .push import TokenFromEnv, token_of
 
 __all__ = ["info"]
 
@@ -15,7 +16,7 @@ _ASKED = ("r", "lora_alpha", "target_modules", "modules_to_save")  # told of a c
 _BAR = "▁▂▃▄▅▆▇█"
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def info(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter: a folder, or a repo's id.")],
     spectrum: Annotated[bool, typer.Option(help="Compute the singular values of ΔW.")] = True,
@@ -24,18 +25,28 @@ def info(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read an adapter_model.bin (tensors only, no code is run).")
     ] = False,
-    json: Json = False,
+    token_from_env: TokenFromEnv = None,
+    as_json: Json = False,
 ) -> None:
     """Say what an adapter is: config, size, base, spectrum by role, health, training.
 
     Needs no base model. An adapter that hf_lora cannot load is described as far as its files go, with the reason; the
     exit code is 2 only where there is nothing to describe.
+
+    Example: `hf-lora info me/task --json`
     """
     from ..inspection import inspect
 
     with stdout_is_ours():
-        found = inspect(adapter, spectrum=spectrum, revision=revision, subfolder=subfolder, allow_pickle=allow_pickle)
-    if json:
+        found = inspect(
+            adapter,
+            spectrum=spectrum,
+            revision=revision,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            token=token_of(token_from_env),
+        )
+    if as_json:
         emit(found)
     else:
         _print(found)

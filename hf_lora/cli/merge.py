@@ -9,11 +9,12 @@ import typer
 
 from .app import app
 from .output import Json, emit, stderr, stdout, stdout_is_ours
+from .push import TokenFromEnv, token_of
 
 __all__ = ["merge"]
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter: a folder, or a repo's id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not hold anything.")],
@@ -31,18 +32,21 @@ def merge(
     revision: Annotated[str | None, typer.Option(help="The adapter's revision on the Hub.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repo the adapter is.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
-    json: Json = False,
+    token_from_env: TokenFromEnv = None,
+    as_json: Json = False,
 ) -> None:
     """Write base + adapter as a model folder that any tool loads, without an adapter.
 
     Works tensor by tensor, so a model larger than the memory merges. The folder appears when it is complete.
+
+    Example: `hf-lora merge me/task task-merged --dtype bf16`
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..export import merge_to_folder
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with stdout_is_ours(), Progress(*columns, console=stderr(), disable=json, transient=True) as bar:
+    with stdout_is_ours(), Progress(*columns, console=stderr(), disable=as_json, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(file: str, done: int, total: int) -> None:
@@ -59,8 +63,9 @@ def merge(
             base_revision=base_revision,
             revision=revision,
             subfolder=subfolder,
+            token=token_of(token_from_env),
         )
-    if json:
+    if as_json:
         emit(report)
     else:
         _print(report)

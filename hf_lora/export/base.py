@@ -211,8 +211,12 @@ def _on_the_hub(name: str, revision: str | None, options: dict[str, Any]) -> tup
 
     def asked(fetch: Callable[..., Any], *arguments: Any, **more: Any) -> Path:
         file = arguments[0] if arguments else "config.json"
-        with translated(name, file=file, revision=revision, token=options.get("token")):
-            return Path(fetch(name, *arguments, revision=revision, **options, **more))
+        try:
+            with translated(name, file=file, revision=revision, token=options.get("token")):
+                return Path(fetch(name, *arguments, revision=revision, **options, **more))
+        except LoRAHubError as error:
+            error.remedy = f"{error.remedy or ''} The base can be a folder, too: --base (base=).".strip()
+            raise
 
     folder = asked(snapshot_download, allow_patterns=["config.json", INDEX, *COMPANIONS])
     asked(hf_hub_download, "config.json")

@@ -219,6 +219,7 @@ def _fitting_model(value: AdapterValue, base: BaseFiles, config: Any, dtype: tor
             first = first or error
             continue
         model.config.architectures = [cls.__name__]
+        model.config.dtype = str(dtype).removeprefix("torch.")  # as save_pretrained writes it
         return model
     if first is not None:
         raise first
