@@ -394,3 +394,11 @@ def test_a_method_that_is_gone_is_said_and_the_rest_works(monkeypatch: Any, capl
         ours._wrap(registry, module)  # type: ignore[arg-type]
     assert f"transformers {transformers.__version__} has no Trainer._load_best_model" in caplog.text
     assert registry.is_set(module.Trainer, "_load_from_checkpoint")
+
+
+def test_stock_trainer_does_one_step_more_after_the_last(tiny: Any, tmp_path: Path) -> None:
+    """What docs/pages/trainer-features.md says of it, on a model without a LoRA. If this fails, take it out there."""
+    trainer(tiny("llama"), tmp_path, max_steps=2).train()
+    run = trainer(tiny("llama"), tmp_path, max_steps=2)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 3, f"transformers {transformers.__version__} stops where the run had ended"

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import traceback
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoRAFileError
+from ..errors import LoRAFileError, LoRAMismatchError
 from ..loading import read_checkpoint
 
-__all__ = ["Start", "faults", "newest_whole", "replacing", "require_whole", "unwritable"]
+__all__ = ["Start", "faults", "newest_whole", "recover", "require_whole", "writing"]
 
 _STATE = "trainer_state.json"
 _NEEDED = ("optimizer.pt", "scheduler.pt")  # without both, Trainer starts the optimizer anew and says nothing
@@ -99,6 +100,15 @@ def newest_whole(model: nn.Module, run: Path, **options: Any) -> tuple[Path | No
     return None, damaged
 
 
+def _other_to_name(model: nn.Module, run: Path, **options: Any) -> Path | None:
+    """The newest whole checkpoint, for a message: those of other adapters do not count."""
+    for path in _checkpoints(run):
+        with contextlib.suppress(LoRAMismatchError):
+            if not faults(model, path, **options):
+                return path
+    return None
+
+
 def require_whole(model: nn.Module, folder: Path, **options: Any) -> None:
     """Raise unless training can go on from `folder`; the error names the newest checkpoint from which it can.
 
@@ -109,7 +119,7 @@ def require_whole(model: nn.Module, folder: Path, **options: Any) -> None:
     if not wrong:
         return
     run = folder.resolve().parent
-    whole, _ = newest_whole(model, run, **options)
+    whole = _other_to_name(model, run, **options)
     remedy = (
         f"Resume with trainer.train(resume_from_checkpoint={str(whole)!r})."
         if whole is not None
@@ -127,16 +137,66 @@ def require_whole(model: nn.Module, folder: Path, **options: Any) -> None:
     )
 
 
-def unwritable(error: BaseException, model: nn.Module, folder: Path, **options: Any) -> LoRAFileError | None:
-    """The error to raise where a checkpoint could not be written; None if `error` is about something else."""
-    if _state_is_whole(folder):
-        return None  # it was written; what failed came later (a push, say)
-    no_space = (
-        "file write failed" in str(error) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-    )
-    if not isinstance(error, (OSError, LoRAFileError)) and not (isinstance(error, RuntimeError) and no_space):
-        return None
-    whole, _ = newest_whole(model, folder.parent, **options)
+def _from_torch_save(error: BaseException) -> bool:
+    """Whether it is what torch.save raises where a file cannot be written: a RuntimeError with any of many texts."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    memory = any(text in str(error) for text in ("out of memory", "allocate memory"))  # auto_find_batch_size's own
+    return isinstance(error, RuntimeError) and not memory and any(Path(f).name == "serialization.py" for f in frames)
+
+
+def _is_usable(model: nn.Module, folder: Path, **options: Any) -> bool:
+    try:
+        return not faults(model, folder, **options)
+    except LoRAMismatchError:  # of another run's adapters: not ours to judge
+        return True
+
+
+def recover(model: nn.Module, run: Path, **options: Any) -> None:
+    """Bring back the checkpoints that a killed run had put aside and not replaced."""
+    for aside in run.glob(f"{_ASIDE}*"):
+        folder = run / aside.name.removeprefix(_ASIDE)
+        if not _is_usable(model, folder, **options):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(model: nn.Module, folder: Path, **options: Any) -> Iterator[None]:
+    """While the block writes the checkpoint `folder`, keep what stood there; bring it back if the block fails.
+
+    A second run in the same output_dir writes over the first one's checkpoints. Half new and half old, all files would
+    be there and none would fit another.
+
+    Raises:
+        LoRAFileError: it cannot be written (full disk, permission); says which checkpoint is the newest one now.
+    """
+    aside, begun = folder.with_name(_ASIDE + folder.name), False
+    try:
+        if folder.is_dir():
+            if aside.is_dir() and not _is_usable(model, folder, **options):
+                shutil.rmtree(folder)  # what a killed run left; the whole one was put aside by it
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
+        begun = True
+        yield
+    except BaseException as error:
+        if begun and _state_is_whole(folder):  # it was written; what failed came later (a push, say)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if begun and aside.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+        if isinstance(error, (OSError, LoRAFileError)) or _from_torch_save(error):
+            raise _unwritable(error, model, folder, **options) from error
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unwritable(error: BaseException, model: nn.Module, folder: Path, **options: Any) -> LoRAFileError:
+    whole = _other_to_name(model, folder.parent, **options)
     kept = f"{whole} is complete and unchanged" if whole is not None else "no earlier checkpoint is there"
     why = str(error).splitlines()[0] if str(error) else repr(error)
     return LoRAFileError(
@@ -146,30 +206,6 @@ def unwritable(error: BaseException, model: nn.Module, folder: Path, **options: 
         facts=[kept],
         remedy="Free some space or choose an output_dir that you may write to, then resume.",
     )
-
-
-@contextlib.contextmanager
-def replacing(model: nn.Module, folder: Path, **options: Any) -> Iterator[None]:
-    """While the block writes `folder`, keep what stood there; bring it back if the block fails.
-
-    A second run in the same output_dir writes over the first one's checkpoints. Half new and half old, all files would
-    be there and none would fit another.
-    """
-    aside = folder.with_name(_ASIDE + folder.name)
-    if folder.is_dir():
-        if aside.is_dir() and faults(model, folder, **options):
-            shutil.rmtree(folder)  # what a killed run left; the whole one was put aside by it
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-    try:
-        yield
-    except BaseException:
-        if aside.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass

@@ -9,6 +9,7 @@ is under FSDP and DeepSpeed, which have checkpoints of their own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -22,14 +23,14 @@ from ..loading import load_checkpoint
 from ..model import state_of
 from .importing import when_imported
 from .patching import Registry
-from .resuming import Start, newest_whole, replacing, require_whole, unwritable
+from .resuming import Start, newest_whole, recover, require_whole, writing
 
 __all__ = ["install"]
 
 logger = logging.getLogger(__name__)
 
 Method = Callable[..., Any]
-_START = "_lora_start"
+_START, _WHOLE = "_lora_start", "_lora_whole"  # on a Trainer, while it trains
 
 
 def install(registry: Registry) -> None:
@@ -43,7 +44,9 @@ def _wrap(registry: Registry, module: ModuleType) -> None:
         if stock is None:
             import transformers
 
-            logger.warning("transformers %s has no Trainer.%s. Without it: %s", transformers.__version__, name, wrapper.__doc__)
+            logger.warning(
+                "transformers %s has no Trainer.%s. Without it: %s", transformers.__version__, name, wrapper.__doc__
+            )
         else:
             registry.set(module.Trainer, name, functools.wraps(stock)(wrapper(stock)))
 
@@ -71,13 +74,18 @@ def _train(stock: Method) -> Method:
         if own is None:
             return stock(self, *args, **kwargs)
         if given.arguments.get("resume_from_checkpoint") is True:
-            found = _newest(own, Path(self.args.output_dir), _needs(self))
+            run = Path(self.args.output_dir)
+            if self.args.should_save:
+                recover(own, run, **_needs(self))
+            self.accelerator.wait_for_everyone()
+            found = _newest(own, run, _needs(self))
             given.arguments["resume_from_checkpoint"] = True if found is None else str(found)
-        self.__dict__.pop(_START, None)
+            self.__dict__[_WHOLE] = str(found)
         try:
             return stock(*given.args, **given.kwargs)
         finally:
             self.__dict__.pop(_START, None)
+            self.__dict__.pop(_WHOLE, None)
 
     return train
 
@@ -107,7 +115,8 @@ def _load_from_checkpoint(stock: Method) -> Method:
         own = _base(self, self.model if model is None else model)
         if own is None:
             return stock(self, resume_from_checkpoint, model)
-        require_whole(own, Path(resume_from_checkpoint), **_needs(self))
+        if self.__dict__.get(_WHOLE) != resume_from_checkpoint:  # `train` has looked at what it chose itself
+            require_whole(own, Path(resume_from_checkpoint), **_needs(self))
         if self.args.save_only_model:
             logger.warning(
                 "save_only_model: what %s lacks of optimizer and generators begins anew.", resume_from_checkpoint
@@ -135,18 +144,9 @@ def _save_checkpoint(stock: Method) -> Method:
         if own is None:
             return stock(self, model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        try:
-            if not self.args.should_save:
-                self.accelerator.wait_for_everyone()
-                return stock(self, model, trial)
-            with replacing(own, folder, **_needs(self)):
-                self.accelerator.wait_for_everyone()  # nobody writes into a folder that is being put aside
-                return stock(self, model, trial)
-        except Exception as error:
-            clear = unwritable(error, own, folder, **_needs(self))
-            if clear is None:
-                raise
-            raise clear from error
+        with writing(own, folder, **_needs(self)) if self.args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()  # nobody writes into a folder that is being put aside
+            return stock(self, model, trial)
 
     return save
 
