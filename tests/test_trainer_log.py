@@ -156,7 +156,10 @@ def test_the_gradients_norm_is_the_adapters_accumulated_and_not_clipped(
 
     def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
         seen.append(batch)
-        return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+        ids = torch.stack([row["input_ids"] for row in batch])
+        labels = ids.clone()
+        labels[:, 0] = -100  # nothing predicts it, but older Trainers count it in the mean
+        return {"input_ids": ids, "labels": labels}
 
     expected = copy_of(model)
     run = trainer(
@@ -166,8 +169,10 @@ def test_the_gradients_norm_is_the_adapters_accumulated_and_not_clipped(
     run.train()
     (log,) = [entry for entry in run.state.log_history if "loss" in entry]
     assert log["lora/grad_norm"] == pytest.approx(own_norm(expected, seen[:2]), rel=1e-4)
-    assert (log["lora/grad_norm"] < 0.999 * log["grad_norm"]) is others
-    assert log["grad_norm"] > 0.01  # so that the first case clips
+    total = log.get("grad_norm", 0.0)  # older Trainers log none where they do not clip
+    assert total or not max_grad_norm
+    assert (log["lora/grad_norm"] < 0.999 * total) is (others and bool(total))
+    assert log["lora/grad_norm"] > 0.01  # so that the first case clips
 
 
 def copy_of(model: Any) -> Any:

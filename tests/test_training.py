@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -503,6 +504,27 @@ def test_of_several_adapters_push_best_needs_a_name(tiny: Any, tmp_path: Path, m
         ).train()
     trainer(model, tmp_path, LoRACallback(push_best="me/x", push_options={"adapter": "second"})).train()
     assert [options["adapter"] for _, options, _ in pushed.calls] == ["second"]
+
+
+def test_a_run_pushed_to_a_hub_loads_elsewhere_and_its_card_tells_of_the_run(
+    tiny: Any, tmp_path: Path, request: Any
+) -> None:
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed: install hf_lora[test]")
+    hub = request.getfixturevalue("hub")
+    model = with_lora(tiny)
+    callback = LoRACallback(push_best="me/task", datasets=["lab/corpus"])
+    run = trainer(model, tmp_path / "out", callback, save_strategy="no")
+    run.train()
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == set(hub.files("me/task"))
+    card = hub.files("me/task")["README.md"].decode()
+    assert "lab/corpus" in card
+    assert re.search(r"learning\\?_rate \| `0.01`", card), card
+    assert str(tmp_path) not in card
+    other = tiny("llama")
+    other.config._name_or_path = "org/base"
+    other.load_lora("me/task")
+    found, expected = other.lora_state_dict(), model.lora_state_dict("task")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_base_without_an_id_is_asked_for_before_the_first_step(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
