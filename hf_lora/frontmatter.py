@@ -13,6 +13,7 @@ __all__ = ["FrontMatter", "split"]
 # As the Hub itself finds the block.
 _BLOCK = re.compile(r"^\s*---(?:\r\n|\r|\n)(?P<yaml>[\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
 _LARGEST = 2**20  # characters
+_MOST_BRACKETS = 2000  # the reader takes time quadratic in open ones
 _MOST_ALIASES = 30  # more could be a bomb: ten levels of ten references are 10^10 values
 
 
@@ -45,8 +46,8 @@ class FrontMatter:
     def _parse(self, text: str) -> None:
         import yaml
 
-        if len(text) > _LARGEST:
-            raise self._error(f"has more than {_LARGEST} characters")
+        if len(text) > _LARGEST or len(re.findall(r"[\[{]", text)) > _MOST_BRACKETS:
+            raise self._error(f"has more than {_LARGEST} characters, or {_MOST_BRACKETS} brackets")
         try:
             if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)) > _MOST_ALIASES:
                 raise self._error(f"has more than {_MOST_ALIASES} aliases")
@@ -66,16 +67,15 @@ class FrontMatter:
         if root.flow_style:
             self.texts = {str(key): _dumped(key, value) for key, value in data.items()}
             return
-        lines = text.split("\n")
-        if lines and not lines[-1]:
-            lines.pop()
-        starts = [key.start_mark.line for key, _ in root.value]
-        self.comment = "".join(f"{line}\n" for line in lines[: starts[0]])
-        for (key, _), start, end in zip(root.value, starts, [*starts[1:], len(lines)], strict=True):
-            name = key.value if isinstance(key, yaml.ScalarNode) else f"line {start}"
+        text = text if text.endswith("\n") else f"{text}\n"
+        # By index and not by line: YAML ends lines at more characters than \n.
+        starts = [key.start_mark.index for key, _ in root.value]
+        self.comment = text[: starts[0]]
+        for (key, _), start, end in zip(root.value, starts, [*starts[1:], len(text)], strict=True):
+            name = key.value if isinstance(key, yaml.ScalarNode) else f"at {start}"
             if name in self.texts:
                 raise self._error(f"has the key {name!r} twice")
-            self.texts[name] = "".join(f"{line}\n" for line in lines[start:end])
+            self.texts[name] = text[start:end]
 
     def _error(self, problem: str) -> LoRAFileError:
         return LoRAFileError(

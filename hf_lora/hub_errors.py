@@ -67,6 +67,14 @@ class _Facts:
         said = getattr(self.error, "server_message", None) or headers.get("X-Error-Message")
         return " ".join(str(said or self.error or type(self.error).__name__).split())[:300]
 
+    @property
+    def url(self) -> str:
+        """What was asked for; empty if the answer does not know."""
+        try:
+            return str(getattr(self.error, "response").url)  # noqa: B009  (no class of its own says that it has one)
+        except (AttributeError, RuntimeError):
+            return ""
+
     def is_a(self, *names: str) -> bool:
         """Whether the error's class, or one it derives from, has one of these names.
 
@@ -181,6 +189,12 @@ _CASES = (
         "Try again later; https://status.huggingface.co says how it is.",
     ),
     _Case(
+        "card",
+        lambda f: f.status == 400 and f.url.endswith("/api/validate-yaml"),
+        "The Hub does not take the metadata of the README of {repo!r}: {said}",
+        "Correct the lines between the two --- at its top (or in card=); nothing was pushed.",
+    ),
+    _Case(
         "refused", lambda f: f.status is not None, "The Hub refused to {verb} {repo!r}: {said}", "Correct what it says."
     ),
     _Case(
@@ -204,8 +218,14 @@ _CASES = (
     ),
     _Case(
         "cut",
+        lambda f: f.pushing and f.is_a("TransportError", "ConnectionError"),
+        "The connection broke off during the push to {repo!r}: {said}",
+        "Push again: if the commit was made all the same, that changes nothing.",
+    ),
+    _Case(
+        "cut",
         lambda f: f.is_a("TransportError", "ConnectionError") or "Consistency check failed" in str(f.error),
-        "The connection broke off while asked for {repo!r}: {said}",
+        "The connection broke off while {file} of {repo!r} was fetched: {said}",
         "Try again; nothing of the broken file was kept.",
     ),
     _Case(
@@ -220,10 +240,11 @@ _CASES = (
         "{repo!r} is neither a folder here nor whole in the cache, and the Hub did not give {file}: {said}",
         "Check the path and the connection (HF_HUB_OFFLINE?).",
     ),
+    _Case("failed", _class("RuntimeError"), "The transfer of {repo!r} failed: {said}", "Try again."),
     _Case(
         "disk",
         _class("OSError"),
-        "The cache cannot be written while fetching {repo!r}: {said}",
+        "The files of {repo!r} cannot be written here: {said}",
         "Free some space, or choose a folder that you may write to: cache_dir= or HF_HUB_CACHE.",
     ),
 )
@@ -270,7 +291,7 @@ def failure(
 
 def _root(error: BaseException) -> BaseException:
     """What is behind the client's "not in the cache either"."""
-    generic = ("LocalEntryNotFoundError", "ValueError")
+    generic = ("LocalEntryNotFoundError", "ValueError", "RuntimeError")
     while error.__cause__ is not None and type(error).__name__ in generic:
         error = error.__cause__
     if type(error).__name__ == "LocalEntryNotFoundError" and "outgoing traffic has been disabled" in str(error):
@@ -298,7 +319,7 @@ def translated(repo_id: str, **context: Any) -> Iterator[None]:
         yield
     except LoRAError:
         raise
-    except (http, EntryNotFoundError, OSError, ValueError) as error:
+    except (http, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         found = failure(error, repo_id, **context)
         if found is None:
             raise
