@@ -177,7 +177,8 @@ def test_pull_refused(arguments: tuple[str, ...], says: str, hub: Any, adapter: 
 
 def test_pull_of_a_cut_download_leaves_nothing(hub: Any, adapter: Path) -> None:
     run("push", "task", "me/task")
-    hub.faults.status(503, f"*/resolve/*/{WEIGHTS}")
+    hub.requests.clear()
+    hub.faults.cut(f"*/resolve/*/{WEIGHTS}", times=None, after=100)
     result = run("pull", "me/task", "--out", "there", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["error"]["type"] == "LoRAHubError"

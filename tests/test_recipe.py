@@ -403,6 +403,36 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         sources.read(Source.of(str(tmp_path / "d.csv")), split="train")
 
 
+def test_a_field_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("a,b\n" + "x" * 200_000 + ",y\n")
+    before = csv.field_size_limit()
+    assert len(sources.read(Source.of(str(tmp_path / "d.csv")), split="train").rows[0]["a"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real `Dataset`; only the download is left out."""
+    import datasets
+
+    asked = []
+    features = datasets.Features({"t": datasets.Value("string"), "y": datasets.ClassLabel(names=["bad", "good"])})
+    found = datasets.Dataset.from_list([{"t": f"w{3 + i}", "y": i % 2} for i in range(6)], features=features)
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return found
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = Source(dataset="me/set", config="small", revision="v1")
+    prepared = prepare(Data(train=source, text="{t}", label="y"), tokenizer(), type("C", (), {})(), seq2seq=False)
+    assert asked == [(("me/set", "small"), {"split": "train", "revision": "v1"})]
+    assert prepared.labels == ("bad", "good")
+    assert [int(e["labels"]) for e in prepared.train.examples] == [0, 1] * 3
+    assert prepared.train.facts.source == "me/set small v1 (train)"
+    with pytest.raises(RecipeError, match=r"no column 'x'[\s\S]*t, y"):
+        prepare(Data(train=source, text="{x}"), tokenizer(), type("C", (), {})(), seq2seq=False)
+
+
 def test_a_data_set_of_the_hub_offline() -> None:
     pytest.importorskip("datasets", reason="datasets is not installed: install hf_lora[test]")
     with pytest.raises(DataError, match=r"'me/no-such-set' \(validation\) cannot be had"):
@@ -603,6 +633,7 @@ def test_labels(values: list[Any], given_labels: Any, labels: Any, classes: list
         (["a"] * 4, None, r"holds 1 different classes in 4 examples \('a'\)"),
         ([f"text {i}" for i in range(9)], None, r"9 different classes in 9 examples"),
         ([0, 123456], None, r"holds 123456, which is no index"),
+        (["9" * 5000, 1], ("bad", "good"), r"line 1: the label '9{199}… is none"),
         ([0, None], None, r"line 2: there is no value in the column 'y'"),
     ],
 )

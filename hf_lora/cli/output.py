@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -56,6 +57,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, datetime.date):  # and so a datetime
+        return value.isoformat()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

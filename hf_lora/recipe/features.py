@@ -236,7 +236,7 @@ def _labels(data: Data, rows: Rows, indices: Sequence[int]) -> tuple[str, ...]:
     if column in rows.class_names:
         return rows.class_names[column]
     values = {str(_value(rows, index, column)).strip() for index in indices}
-    if all(value.isdecimal() for value in values):
+    if all(_is_index(value) for value in values):
         highest = max(map(int, values))
         if highest > 10_000:
             raise DataError(
@@ -261,12 +261,16 @@ def _labels(data: Data, rows: Rows, indices: Sequence[int]) -> tuple[str, ...]:
     return found
 
 
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
 def _class_of(data: Data, rows: Rows, index: int, labels: tuple[str, ...]) -> int:
     value = _value(rows, index, str(data.label))
     said = str(value).strip()
     if said in labels:
         return labels.index(said)
-    if not isinstance(value, bool) and said.isdecimal() and int(said) < len(labels):
+    if not isinstance(value, bool) and _is_index(said) and int(said) < len(labels):
         return int(said)
     raise DataError(
         f"{rows.place(index)}: the label {quoted(value)} is none of the {len(labels)} classes.",

@@ -17,6 +17,8 @@ __all__ = ["Rows", "read"]
 
 Row = Mapping[str, Any]
 
+_LONGEST_FIELD = 2**31 - 1  # characters; more does not fit a C long everywhere
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -110,6 +112,7 @@ def _table(path: Path, text: str, source: Source) -> Rows:
         strict=True,
     )
     names, rows, lines = source.columns, [], []
+    limit = csv.field_size_limit(_LONGEST_FIELD)  # the module's own is 128 KiB, less than a long document
     try:
         begins = 1
         for fields in reader:
@@ -143,6 +146,8 @@ def _table(path: Path, text: str, source: Source) -> Rows:
             value=str(path),
             remedy="Mend the line, or write `quoting: false` if quotes are plain characters in this file.",
         ) from error
+    finally:
+        csv.field_size_limit(limit)
     return Rows(str(path), names or (), rows, lines)
 
 
