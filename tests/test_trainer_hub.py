@@ -209,6 +209,44 @@ def test_a_push_that_is_still_going_on_is_not_disturbed(hub: Any, base: Any, tmp
     assert adapter_files(hub.files("me/run")) == saved
 
 
+def test_every_save_is_pushed_as_it_was_saved(hub: Any, base: Any, tmp_path: Path) -> None:
+    """With hub_always_push the next save waits for the push before it, whose files it replaces."""
+    waited = threading.Event()
+    hub.faults.call(lambda: waited.wait(60), "*/preupload/*", "POST")
+    run = trainer(model_with(("org/task",)), tmp_path / "run", hub_strategy="every_save")
+    finish = run._finish_current_push
+
+    def noting() -> None:
+        waited.set()
+        finish()
+
+    run._finish_current_push = noting
+    run.train()
+    for step, commit in zip(SAVES, reversed(hub.history("me/run")), strict=True):
+        saved = {name: (tmp_path / "run" / f"checkpoint-{step}" / name).read_bytes() for name in FILES}
+        assert adapter_files(hub.files("me/run", commit.oid)) == saved
+
+
+def test_the_last_push_waits_before_it_writes(hub: Any, base: Any, tmp_path: Path) -> None:
+    run = trainer(model_with(("org/task",)), tmp_path / "run", hub_strategy="every_save", max_steps=SAVE)
+    run.train()
+    answer = threading.Event()
+    hub.faults.call(lambda: answer.wait(60), "*/preupload/*", "POST")
+    run._push_from_checkpoint(str(tmp_path / "run" / f"checkpoint-{SAVE}"))
+    save, done = run.save_model, []
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        done.append(run.push_in_progress.is_done())
+        save(*args, **kwargs)
+
+    run.save_model = noting
+    timer = threading.Timer(0.2, answer.set)
+    timer.start()
+    run.push_to_hub()
+    timer.join()
+    assert done == [True]
+
+
 def test_a_push_that_fails_does_not_end_the_training(hub: Any, base: Any, tmp_path: Path) -> None:
     hub.create("me/run")
     hub.faults.status(500, "*/commit/*", "POST")
@@ -281,10 +319,14 @@ def test_a_base_without_an_id_is_asked_for(
     assert "hf_lora:begin" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_a_damaged_readme_stays_as_it_is(hub: Any, base: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [b"---\ntags: [\n---\nmine\n", b"---\na: 1\n---\n<!-- hf_lora:begin {} -->\nmine\n"],
+    ids=["yaml", "section"],
+)
+def test_a_damaged_readme_stays_as_it_is(hub: Any, base: Any, tmp_path: Path, broken: bytes) -> None:
     run = trainer(model_with(("org/task",)), tmp_path / "run", hub_strategy="end", max_steps=1)
     run.train()
-    broken = b"---\ntags: [\n---\nmine\n"
     (tmp_path / "run" / "README.md").write_bytes(broken)
     with pytest.raises(hf_lora.LoRAFileError, match=r"README\.md"):
         run.push_to_hub()
