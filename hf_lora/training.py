@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,8 @@ def _settings(args: Any, optimizer: Any) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
+        if package not in sys.modules:  # installed, and no part of this run
+            continue
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
