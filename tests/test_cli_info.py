@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from hf_lora import LoRAAdapter, LoRAConfig, LoRAFileError
 from hf_lora.cli import app
 from hf_lora.cli.info import bar
+from hf_lora.export import MergeReport
 from hf_lora.inspection import AdapterInfo, inspect, roles_of_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -365,3 +366,13 @@ def test_stdout_carries_the_json_alone(adapter: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loadable"]
+
+
+def test_the_page_names_every_field_of_the_json() -> None:
+    page = (ROOT / "docs/pages/command-line.md").read_text(encoding="utf-8")
+    section = page[page.index("## info") : page.index("## merge")]
+    table = "".join(re.findall(r"^\| (`.*?) \|", section, re.M))
+    assert set(re.findall(r"`(\w+)`", table)) == set(AdapterInfo.__dataclass_fields__)
+    merge = page[page.index("## merge") :]
+    said = merge[merge.index("The JSON has") :]
+    assert set(re.findall(r"`(\w+)`", said)) == set(MergeReport.__dataclass_fields__)
