@@ -29,7 +29,7 @@ from harness import SCRIPTS, TIMEOUT, checks_of, launch, reports_in, started
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(TIMEOUT + 30),
+    pytest.mark.timeout(TIMEOUT + 12),
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo"),
 ]
 

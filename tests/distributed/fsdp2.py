@@ -178,7 +178,7 @@ def check_activation_checkpointing_gives_the_same_gradients(scratch: Path) -> No
 def check_bf16_policy_keeps_float32_masters(scratch: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
-        model = shard(fresh(*CASES["uneven"], dtype=dtype), mp_policy=policy)
+        model = shard(fresh(*CASES["one row"], dtype=dtype), mp_policy=policy)
         before = model.lora_state_dict(TASK)
         optimizer = adamw(model)
         losses = steps(model, optimizer, 3, mine(IDS))
@@ -422,6 +422,14 @@ def check_what_comes_after_sharding(scratch: Path) -> None:
     untouched.set_lora(TASK)
     assert steps(untouched, adamw(untouched), 2, mine(IDS)) == losses
     equal(model.lora_state_dict(TASK), untouched.lora_state_dict(TASK))
+
+
+def check_frozen_biases_that_come_after_sharding(scratch: Path) -> None:
+    """A bank holds their difference from the base's, which has to be gathered."""
+    source = with_adapters(build("gpt2"), {"late": LoRAConfig(r=2, target_modules=["q"], bias="all")})
+    model = shard(build("gpt2"))
+    model.load_lora(source.lora_adapter("late"), name="late")
+    close(logits(model), logits(source))
 
 
 def check_adapted_layers_that_are_units_themselves(scratch: Path) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT = 150  # seconds for one start: a hang fails well before pytest's own limit
-COLLECTIVE_TIMEOUT = 60  # seconds for one collective
+TIMEOUT = 165  # seconds for one start: a hang fails well before pytest's own limit
+COLLECTIVE_TIMEOUT = 45  # seconds for one collective
 SCRIPTS = ("ddp.py", "fsdp2.py", "trainer_fsdp2.py")  # whose checks `everything.py` runs
 STANDALONE = ("--standalone", "--nproc_per_node", "2")
 
