@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import loading, merging, summary, switching
 from . import model as placing
 from .config import LoRAConfig
-from .integrations import auto, pretrained, reporting, trainer, trl
+from .integrations import auto, pretrained, publishing, reporting, trainer, trl
 from .integrations.patching import Registry
 from .summary import Summary
 from .switching import Which
@@ -241,6 +241,7 @@ def install(registry: Registry) -> None:
             registry.set(PreTrainedModel, name, verb)
     pretrained.install(registry, PreTrainedModel)
     trainer.install(registry)
+    publishing.install(registry)
     reporting.install(registry)
     trl.install(registry)
     auto.install(registry)

@@ -68,9 +68,7 @@ TABLE: dict[str, str] = {
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "errors facts hub loading store values",
     # transformers
-    "integrations": "config errors layerinfo layers loading model reference sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors fitting integrations layerinfo loading safefile values",
-    "inspection": "architectures config errors facts health loading safefile spectrum store values",
+    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
