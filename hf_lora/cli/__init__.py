@@ -3,7 +3,6 @@
 from . import (  # noqa: F401  # importing a command's file adds it to the app
     info,
     list,  # noqa: A004  # the command's own name
-    info,
     merge,
     pull,
     push,
