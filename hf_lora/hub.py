@@ -26,7 +26,7 @@ from .values import AdapterValue
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelCard
 
-__all__ = ["HubAdapter", "fetch", "list_adapters", "push"]
+__all__ = ["HubAdapter", "fetch", "is_whole", "list_adapters", "push"]
 
 CARD_NAME = "README.md"
 
@@ -127,6 +127,14 @@ def _as_promised(path: Path) -> bool:
     return promised in {hashed.hexdigest() for hashed in hashes}
 
 
+def is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether a file that others fetched is as the Hub promised; one that is not is thrown away, to be fetched anew."""
+    if _as_promised(Path(path)) or _offline():
+        return True
+    _forget(Path(path))
+    return False
+
+
 def _forget(path: Path) -> None:
     """Take a damaged file out of the cache, so that nobody else meets it."""
     blob = os.path.realpath(path)
@@ -205,7 +213,7 @@ def push(
     words = _words(card)
     tokens = known_tokens(token)
     context: dict[str, Any] = {"pushing": True, "token": token, "revision": revision, "create_pr": create_pr}
-    message = commit_message or f"Push {'the' if subfolder is None else subfolder + ', an'} adapter of {base}"
+    message = commit_message or f"Push the adapter {f'{subfolder} ' if subfolder else ''}of {base}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_adapter(value, Path(temporary) / "adapter")
         with translated(repo_id, **context):

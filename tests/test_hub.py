@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_pulled_elsewhere_by_us_by_peft_and_by_an_auto_class(hub, trained, tiny,
     assert not torch.equal(logits(tiny("llama"), inputs), want)
 
 
+@pytest.mark.slow
 def test_pulled_in_another_process(hub, trained, tiny, based, batch, tmp_path):
     model = trained()
     model.push_adapter_to_hub("me/task")
@@ -140,8 +142,6 @@ def test_pulled_in_another_process(hub, trained, tiny, based, batch, tmp_path):
         "with torch.no_grad():\n"
         f"    torch.save(model.eval()(**torch.load({str(tmp_path / 'inputs.pt')!r})).logits, sys.argv[1])\n"
     )
-    import os
-
     env = {**os.environ, **hub.env, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home" / "hub")}
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "out.pt")], env=env, capture_output=True, text=True
@@ -580,6 +580,15 @@ def test_a_damaged_file_is_fetched_once_more(hub, trained, file):
     LoRAAdapter.pull("me/task")
     assert fault.hits == 1
     assert hub.fetched("me/task").count(file) == 2
+
+
+def test_an_auto_class_is_not_left_with_a_damaged_config(hub, trained, based, batch):
+    model = trained()
+    model.push_adapter_to_hub("me/task")
+    fault = hub.faults.corrupt(f"/me/task/*/{CONFIG}", at=-3)
+    auto = AutoModelForCausalLM.from_pretrained("me/task")
+    assert fault.hits == 1
+    assert torch.equal(logits(auto, batch(model)), logits(model, batch(model)))
 
 
 def test_what_others_left_damaged_in_the_cache_is_seen(hub, trained):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .. import store
+from .. import hub, store
 from ..errors import LoRAConfigError, LoRAUnsupportedError
 from . import adapters
 from .importing import when_imported
@@ -56,6 +56,8 @@ def _checked(find: Callable[..., str | None]) -> Callable[..., str | None]:
     @functools.wraps(find)
     def find_adapter_config_file(model_id: Any, *args: Any, **kwargs: Any) -> str | None:
         found = find(model_id, *args, **adapters.without_own(kwargs))
+        if found is not None and not hub.is_whole(found):  # a damaged file would stay in the cache for ever
+            found = find(model_id, *args, **adapters.without_own(kwargs))
         if found is None and kwargs.get("subfolder"):  # transformers 5.0 knows subfolders of repos alone
             local = os.path.join(model_id, kwargs["subfolder"], store.CONFIG_NAME)
             found = local if os.path.isfile(local) else None
