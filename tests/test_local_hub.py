@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors
 from loras import logits, randomise
+
+for module in ("_cache_assets", "_cache_manager", "_git_credential"):  # they copy constants when they are imported
+    importlib.import_module(f"huggingface_hub.utils.{module}")
 
 HF_HOME = constants.HF_HOME  # as it is while no test has a hub
 BIG = bytes(range(256)) * 40  # 10,240 bytes
