@@ -144,7 +144,7 @@ def _copied(value: Any) -> Any:
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
         for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            if getattr(event, "anchor", None):  # an alias names one too
                 line = event.start_mark.line + 1
                 raise RecipeError(
                     f"{name}, line {line}: anchors and aliases (&, *) are not read in a recipe.",
