@@ -333,6 +333,7 @@ def test_nothing_from_a_file_becomes_markup(one, two, three, four):
     text = card.update(OWN, value, run=facts, repo_id="me/task")
     text.encode()
     assert len(MARK.findall(text)) == 2
+    assert MARK.findall(text)[0].count("<") == MARK.findall(text)[0].count(">") == 1  # one comment, to its end
     assert outside(text).strip() == OWN.split("---\n", 2)[2].strip()
     said = data(text)
     assert said["license"] == "mit"
