@@ -322,7 +322,7 @@ def cells(text: str) -> list[int]:
 @settings(max_examples=150, deadline=None)
 @given(TEXT, TEXT, TEXT, TEXT)
 def test_nothing_from_a_file_becomes_markup(one, two, three, four):
-    value = adapter(task_type=one or None, target_modules=[two or "q"], revision=three)
+    value = adapter(task_type=one or None, target_modules=[two if two.strip() else "q"], revision=three)
     facts = run(
         settings={one: two, four: 1},
         datasets=(three, "org/data"),
