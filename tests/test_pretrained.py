@@ -13,6 +13,8 @@ from safetensors import safe_open
 
 import hf_lora
 from hf_lora import LoRAConfig, LoRAFileError, LoRAStateError, LoRAUnsupportedError
+from hf_lora.facts import RunFacts
+from hf_lora.model import state_of
 
 CONFIG = LoRAConfig(r=4, target_modules=["q", "v"], alpha=8)
 
@@ -75,6 +77,8 @@ def test_resizing_keeps_what_the_adapters_do_to_old_tokens(tiny: Any, batch: Any
     configs = {"a": LoRAConfig(r=4, target_modules=targets, dropout=0.5), "b": LoRAConfig(r=2, target_modules=["v"])}
     model = with_adapters(tiny(family), configs)
     model.train_lora("a")
+    run = RunFacts(steps=7)
+    state_of(model).entry("a").record.run = run  # type: ignore[union-attr]
     inputs = batch(model)
     inputs["input_ids"] %= 40
     before = {}
@@ -89,6 +93,7 @@ def test_resizing_keeps_what_the_adapters_do_to_old_tokens(tiny: Any, batch: Any
             assert torch.equal(found[..., :40], expected)
     assert model.lora_names == ("a", "b")
     assert model.active_lora == "a"
+    assert state_of(model).entry("a").record.run is run  # type: ignore[union-attr]  # its card still knows
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if ".lora_slots." in n
     }

@@ -168,7 +168,7 @@ class _taken_off:
                 remedy="Call resize_token_embeddings() before add_lora().",
             )
         self.names = [(entry.name, entry.trainable) for entry in self.state.entries.values()]
-        self.notes = [(entry.record.skipped, entry.record.architecture) for entry in self.state.entries.values()]
+        self.notes = [(e.record.skipped, e.record.architecture, e.record.run) for e in self.state.entries.values()]
         self.active = [(entry.name, weight) for entry, weight in self.state.default.mixture]
         self.values = [read(self.model, name) for name, _ in self.names]
         self.facts = self.state.facts
@@ -181,9 +181,9 @@ class _taken_off:
         attached(self.model)
         state = state_of(self.model)
         assert state is not None
-        for (name, _), (skipped, architecture) in zip(self.names, self.notes, strict=True):
+        for (name, _), (skipped, architecture, run) in zip(self.names, self.notes, strict=True):
             record = state.entry(name).record
-            record.skipped, record.architecture = skipped, architecture
+            record.skipped, record.architecture, record.run = skipped, architecture, run
         state.facts = {**self.facts, **state.facts}
         state.default = Active(tuple((state.entry(name), weight) for name, weight in self.active))
 
