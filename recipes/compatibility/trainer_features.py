@@ -334,7 +334,7 @@ RESUMED: dict[str, tuple[Setup, dict[str, Any]]] = {
     "resume, a classifier with a new head": (Setup("bert", {"task_type": "SEQ_CLS"}), {}),
     "resume, a frozen adapter resident": (Setup(frozen=("other",)), {}),
     "resume, training over an active frozen adapter": (Setup(frozen=("other",), over=True), {}),
-    "resume, two adapters train": (Setup(trained=("a", "b")), {}),
+    "resume, two adapters train": (Setup(trained=("first", "second")), {}),
     "resume, a bf16 base": (Setup(dtype=torch.bfloat16), {}),
     "resume, bf16=True (autocast)": (Setup(), {"bf16": True}),
     "resume, gradient accumulation": (Setup(), {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}),
@@ -448,7 +448,7 @@ def _best_of_one(way: Any, folder: Path) -> None:
 
 @feature("Checkpoints", "load_best_model_at_end, two adapters train", "both are those in the best checkpoint's files")
 def _best_of_two(way: Any, folder: Path) -> None:
-    _best(way, folder, Setup(trained=("a", "b")))
+    _best(way, folder, Setup(trained=("first", "second")))
 
 
 @feature("Checkpoints", "save_total_limit with the best kept", "the folders that are left")
