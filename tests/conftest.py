@@ -30,19 +30,29 @@ ALLOWED_SKIPS = ("needs a CUDA device",)
 
 # Files that test the project rather than the package: no need to run them against an old transformers or without peft.
 NOT_CORE = {
+    "test_card.py",
     "test_ci.py",
+    "test_cli.py",
+    "test_cli_hub.py",
+    "test_cli_info.py",
+    "test_cli_train.py",
+    "test_distributed.py",
     "test_docs.py",
-    "test_import_table.py",
+    "test_export.py",
     "test_export_hub.py",
+    "test_facts.py",
+    "test_health.py",
+    "test_hub.py",
+    "test_import_table.py",
+    "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
     "test_package.py",
     "test_quickstart.py",
-    "test_cli.py",
-    "test_lightning.py",  # these two are installed in the tested versions only
-    "test_trl.py",
-    "test_cli_hub.py",
-    "test_cli_train.py",
     "test_recipe.py",
+    "test_trainer_features.py",
+    "test_trainer_hub.py",
+    "test_trainer_survival.py",
+    "test_trl.py",
 }
 
 # What the oldest supported transformers (5.0.0) cannot show: part of a test's id -> why.
