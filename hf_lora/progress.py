@@ -47,7 +47,7 @@ class Progress:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.left_out: dict[str, str] = {}
-        self._base: dict[str, float] | None = None  # role -> ‖W‖² over its layers
+        self._base: dict[tuple[str, tuple[range, ...]], float] | None = None  # rows of a layer -> their ‖W‖²
         roles = roles_of(model)
         self._pairs = {
             entry.name: tuple(self._pairs_of(entry, roles)) for entry in _training(model) if entry.record.layers
@@ -69,9 +69,12 @@ class Progress:
         for name, pairs in self._pairs.items():
             prefix = f"{name}/" if len(self._pairs) > 1 else ""
             squares, ranks = self._spectra(require(self.model).entry(name), pairs)
+            base: dict[str, float] = defaultdict(float)  # of the layers that this adapter is on
+            for pair in pairs:
+                base[pair.role] += self._base.get((pair.path, pair.rows), 0.0)
             for role in dict.fromkeys(pair.role for pair in pairs):
-                if self._base.get(role):
-                    found[f"{prefix}delta_norm/{role}"] = math.sqrt(squares[role] / self._base[role])
+                if base[role] and role not in self.left_out:
+                    found[f"{prefix}delta_norm/{role}"] = math.sqrt(squares[role] / base[role])
                 found[f"{prefix}effective_rank/{role}"] = sum(ranks[role]) / len(ranks[role])
         return found
 
@@ -107,11 +110,12 @@ class Progress:
                 ranks[pair.role].append(effective_rank(values) if math.isfinite(norm) else math.nan)
         return squares, ranks
 
-    def _base_norms(self) -> dict[str, float]:
-        """‖W‖² by role; a role with a layer whose weight cannot be read is left out, and `left_out` says why."""
-        squares: dict[str, float] = defaultdict(float)
-        pairs = dict.fromkeys(pair for found in self._pairs.values() for pair in found)
-        for pair in pairs:
+    def _base_norms(self) -> dict[tuple[str, tuple[range, ...]], float]:
+        """‖W‖² of rows; a role with a layer whose weight cannot be read is left out, and `left_out` says why."""
+        squares: dict[tuple[str, tuple[range, ...]], float] = {}
+        for pair in (pair for found in self._pairs.values() for pair in found):
+            if (pair.path, pair.rows) in squares:  # of another adapter too
+                continue
             module = self.model.get_submodule(pair.path)
             weight = module.weight
             assert isinstance(weight, Tensor)
@@ -125,10 +129,10 @@ class Progress:
             info = describe_layer(module)
             by_output = weight.T if info is not None and info.kind == "conv1d" else weight
             parts = [by_output[span.start : span.stop] for span in pair.rows] or [by_output]
-            squares[pair.role] += sum(
+            squares[pair.path, pair.rows] = sum(
                 float(torch.linalg.vector_norm(part, dtype=_widest(weight))) ** 2 for part in parts
             )
-        return {role: square for role, square in squares.items() if role not in self.left_out}
+        return squares
 
 
 def _training(model: nn.Module) -> list[Entry]:

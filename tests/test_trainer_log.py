@@ -95,6 +95,36 @@ def test_roles_of_fused_and_transposed_layers_are_measured_apart(tiny: Any) -> N
         assert found[f"delta_norm/{'qv'[i]}"] == pytest.approx(math.sqrt(square / base), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [
+        ("gpt2", {"target_modules": ["q", "v"]}, {"target_modules": ["v"]}),  # v is the second block, and the first
+        ("llama", {"target_modules": ["q"], "layers_to_transform": [0]}, {"target_modules": ["q"]}),
+    ],
+)
+def test_an_adapters_norm_is_of_its_own_layers_whatever_trains_beside_it(
+    tiny: Any, family: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    model = tiny(family)
+    model.add_lora(LoRAConfig(r=2, **first), "first")
+    model.add_lora(LoRAConfig(r=2, **second), "second")
+    model.train_lora(["first", "second"])
+    randomise(model)
+    both = Progress(model).measure()
+    for name in ("first", "second"):
+        model.train_lora(name)
+        alone = {f"{name}/{key}": number for key, number in Progress(model).measure().items()}
+        assert alone == pytest.approx({key: number for key, number in both.items() if key.startswith(name)})
+        value = hf_lora.model.read(model, name)
+        rows_ = slice(64, 96) if family == "gpt2" else slice(None)  # v, of c_attn's q, k and v
+        role, square, base = "v" if family == "gpt2" else "q", 0.0, 0.0
+        for path, factors in value.factors.items():
+            weight = model.get_submodule(path).weight.double()
+            square += float((factors.delta().double()[rows_] ** 2).sum())
+            base += float(((weight.T if family == "gpt2" else weight)[rows_] ** 2).sum())
+        assert both[f"{name}/delta_norm/{role}"] == pytest.approx(math.sqrt(square / base), rel=1e-5)
+
+
 def test_embeddings_are_measured(tiny: Any) -> None:
     model = with_lora(tiny, target_modules=["embed_tokens"])
     randomise(model)
