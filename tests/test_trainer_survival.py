@@ -1,6 +1,6 @@
 """Real processes: killed while they write a checkpoint, out of disk, in a folder that they may not write to.
 
-A save makes about 150 calls; the tests kill at a sample of them, and with HF_LORA_KILLS=0 at each. They start this file
+A save makes about 75 calls; the tests kill at a sample of them, and with HF_LORA_KILLS=0 at each. They start this file
 as a program. It imports everything once, and forks a process for each run: so a killed run and the one that resumes it
 share no memory. The oracle is a run that nobody disturbed.
 """
@@ -103,10 +103,10 @@ class Counted:
     """Counts what a save does to the disk, and kills this process at one of them."""
 
     def __init__(self, at: int | None) -> None:
-        self.at, self.count = at, 0
+        self.at, self.count, self.over = at, 0, False
 
     def point(self) -> None:
-        self.count += 1
+        self.count += not self.over
         if self.count == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -145,6 +145,7 @@ class Counted:
             setattr(os, name, self.around(getattr(os, name)))
         save()
         self.point()
+        self.at, self.over = None, True
 
 
 class Halved:
