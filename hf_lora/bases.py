@@ -32,12 +32,13 @@ def is_local_path(name: str) -> bool:
     return bool(_LOCAL.match(name))
 
 
-def hub_id(name: str | None) -> str | None:
+def hub_id(name: str | None, *, folders: bool = True) -> str | None:
     """The id on the Hub that a base's name or path stands for; None if it is a folder, empty, or no id.
 
     Args:
         name: as `config._name_or_path` or base_model_name_or_path: an id, its URL, a snapshot in the Hub's cache
             (which yields the id), or a folder.
+        folders: a folder of that name here is what is meant, as in from_pretrained(); False for what can only be an id.
     """
     name = (name or "").strip()
     if (cached := _SNAPSHOT.search(name)) is not None:
@@ -45,16 +46,17 @@ def hub_id(name: str | None) -> str | None:
         return name if is_hub_id(name) else None
     if (url := _URL.fullmatch(name)) is not None:
         name = url["id"]
-    return name if is_hub_id(name) and not os.path.isdir(name) else None
+    return name if is_hub_id(name) and not (folders and os.path.isdir(name)) else None
 
 
-def require_hub_id(name: str | None) -> str:
-    """`hub_id`, or a `LoRAMismatchError` that asks for an id."""
-    found = hub_id(name)
+def require_hub_id(name: str | None, *, given: bool = False) -> str:
+    """`hub_id`, or a `LoRAMismatchError` that asks for an id. `given`: as an id, so that no folder is meant."""
+    found = hub_id(name, folders=not given)
     if found is None:
         what = f"{name!r} is a folder or no id on the Hub" if name else "The adapter does not say its base model"
+        what += ": who pulls the adapter could not find its base"
         raise LoRAMismatchError(
-            f"{what}: who pulls the adapter could not find its base.",
+            f"base_model={name!r} is no id on the Hub." if given else f"{what}.",
             name="base_model_name_or_path",
             value=name,
             expected='"org/name"',

@@ -85,7 +85,7 @@ def update(
         LoRAFileError: metadata that is no YAML mapping, or a begin without an end.
         LoRAMismatchError: there is no id for the base, or the README's own base_model is another base.
     """
-    base = require_hub_id(base_model if base_model is not None else value.config.base_model)
+    base = require_hub_id(value.config.base_model) if base_model is None else require_hub_id(base_model, given=True)
     facts = cardtext.facts_of(value, run, base, repo_id, subfolder or "", architecture)
     old_yaml, old_body = split(_lines(existing or ""))
     front, body, kept = FrontMatter(old_yaml), old_body, _sections(old_body, "README.md")
@@ -244,7 +244,7 @@ def _merge(
 def _merge_base(front: FrontMatter, old: list[str], new: list[str]) -> None:
     now = front.get("base_model")
     names = [x for x in (now if isinstance(now, list) else [now]) if isinstance(x, str)]
-    names = [x for x in names if hub_id(x)]  # folders, and what PEFT leaves empty, say nothing
+    names = [x for x in names if hub_id(x, folders=False)]  # folders, and what PEFT leaves empty, say nothing
     own = [x for x in names if x not in old]
     fresh = [x for x in new if x not in old and not any(same_base(x, y) for y in names)]
     if own and fresh:

@@ -28,8 +28,13 @@ _TASKS: dict[str, tuple[str, str | None]] = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-# how the base's class ends → the same, where there is no task type
+_AUDIO = ("AutoModelForAudioClassification", "audio-classification")
+# how the base's class ends → the same; the first that fits
 _CLASSES: dict[str, tuple[str, str | None]] = {
+    "Wav2Vec2ForSequenceClassification": _AUDIO,
+    "HubertForSequenceClassification": _AUDIO,
+    "WavLMForSequenceClassification": _AUDIO,
+    "Data2VecAudioForSequenceClassification": _AUDIO,
     "ForCausalLM": _TASKS["CAUSAL_LM"],
     "LMHeadModel": _TASKS["CAUSAL_LM"],
     "ForSequenceClassification": _TASKS["SEQ_CLS"],
@@ -37,7 +42,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "ForQuestionAnswering": _TASKS["QUESTION_ANS"],
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
-    "ForAudioClassification": ("AutoModelForAudioClassification", "audio-classification"),
+    "ForAudioClassification": _AUDIO,
     "ForObjectDetection": ("AutoModelForObjectDetection", "object-detection"),
     "ForSemanticSegmentation": ("AutoModelForSemanticSegmentation", "image-segmentation"),
     "ForCTC": ("AutoModelForCTC", "automatic-speech-recognition"),
@@ -47,6 +52,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
 }
 _UNKNOWN: tuple[str, str | None] = ("AutoModel", None)
 
+_HEADS = ("score", "classifier", "classification_head")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 _POINTS = 8  # of a curve
 _LONGEST = 300  # characters of one value in a table
@@ -187,12 +193,21 @@ class AdapterFacts:
     def _use(self) -> str:
         auto = self.task[0]
         where = f", subfolder={quoted(self.subfolder)}" if self.subfolder else ""
-        load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({quoted(self.base)})"
+        labels = f", num_labels={self._labels()}, ignore_mismatched_sizes=True" if self._labels() else ""
+        load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({quoted(self.base)}{labels})"
         ours = f"import hf_lora\n{load}\nmodel.load_lora({quoted(self.repo_id)}{where})"
         pull = f"PeftModel.from_pretrained(model, {quoted(self.repo_id)}{where})"
         theirs = f"from peft import PeftModel\n{load}\nmodel = {pull}"
         parts = ["With hf_lora:", _fenced("python", ours), "With PEFT:", _fenced("python", theirs)]
         return "\n\n".join([*parts, *self._vllm()])
+
+    def _labels(self) -> int | None:
+        """How many labels the classifier has that the adapter brings: the base has none, or one of another size."""
+        if not self.task[0].endswith("Classification"):
+            return None
+        heads = [s for path, s in self.value.modules.items() if path.rpartition(".")[2] in _HEADS]
+        weights = [head.get("out_proj.weight", head.get("weight")) for head in heads]
+        return len(weights[0]) if len(weights) == 1 and weights[0] is not None else None
 
     def _vllm(self) -> list[str]:
         """How vLLM serves it; nothing for what vLLM does not serve as a LoRA."""
@@ -285,11 +300,18 @@ def _fenced(language: str, text: str) -> str:
 def facts_of(
     value: AdapterValue, run: RunFacts | None, base: str, repo_id: str | None, subfolder: str, architecture: str | None
 ) -> AdapterFacts:
-    """Gather what the card says. `architecture` None takes what PEFT wrote into the config."""
-    mapping = value.config.peft_fields.get("auto_mapping")
-    architecture = architecture or str((mapping if isinstance(mapping, Mapping) else {}).get("base_model_class") or "")
-    by_class = next((found for end, found in _CLASSES.items() if architecture.endswith(end)), _UNKNOWN)
-    task = _TASKS.get(value.config.task_type or "", by_class)
+    """Gather what the card says. `architecture`: a class of transformers; None takes what the config says of it.
+
+    The class decides, for a task type such as CAUSAL_LM is also given to models that its Auto class does not know.
+    """
+    found = value.config.peft_fields.get("auto_mapping")
+    mapping = found if isinstance(found, Mapping) else {}
+    said = architecture or str(mapping.get("base_model_class") or "")
+    by_task = _TASKS.get(value.config.task_type or "")
+    task = next((found for end, found in _CLASSES.items() if said.endswith(end)), by_task or _UNKNOWN)
+    stock = architecture is not None or str(mapping.get("parent_library")).startswith("transformers.models.")
+    if stock and said.isidentifier() and not said.endswith(tuple(_CLASSES)):
+        task = (said, task[1])
     return AdapterFacts(value, run, base, repo_id or "user/name", subfolder, task)
 
 

@@ -207,7 +207,7 @@ def push(
 
     if not force:
         require_publishable(value)
-    base = require_hub_id(value.config.base_model if base_model is None else base_model)
+    base = require_hub_id(value.config.base_model) if base_model is None else require_hub_id(base_model, given=True)
     subfolder = checked_subfolder(subfolder)
     value = _public(value, base, architecture)
     words = _words(card)
@@ -216,23 +216,28 @@ def push(
     message = commit_message or f"Push the adapter {f'{subfolder} ' if subfolder else ''}of {base}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_adapter(value, Path(temporary) / "adapter")
+
+        def checked_card(existing: str | None) -> str:
+            text = cards.update(
+                existing,
+                value,
+                run=run,
+                base_model=base,
+                repo_id=repo_id,
+                subfolder=subfolder,
+                architecture=None if architecture is None else architecture.__name__,
+                words=words,
+            )
+            _refuse_secrets(folder, {CARD_NAME: text, "the commit's message": message}, tokens)
+            return text
+
+        checked_card(None)  # what is wrong on this side is said before a repo is made
         with translated(repo_id, **context):
             api = HfApi(token=token)
             repo_id = _repo(api, repo_id, private)
             parent = _head(api, repo_id, revision, create_pr)
             existing = _readme(api, repo_id, parent, Path(temporary) / "cache")
-        name = None if architecture is None else architecture.__name__
-        text = cards.update(
-            existing,
-            value,
-            run=run,
-            base_model=base,
-            repo_id=repo_id,
-            subfolder=subfolder,
-            architecture=name,
-            words=words,
-        )
-        _refuse_secrets(folder, {CARD_NAME: text, "the commit's message": message}, tokens)
+        text = checked_card(existing)
         prefix = f"{subfolder}/" if subfolder else ""
         operations = [
             CommitOperationAdd(prefix + CONFIG_NAME, str(folder / CONFIG_NAME)),
@@ -300,6 +305,8 @@ def _readme(api: HfApi, repo_id: str, commit: str | None, cache: Path) -> str | 
 
 def _words(card: str | Path | ModelCard | None) -> str | None:
     """The user's words for the README."""
+    if isinstance(card, str) and (re.fullmatch(r"\S+\.md", card) or ("\n" not in card and os.path.isfile(card))):
+        card = Path(card)  # no README has these words
     if card is None or isinstance(card, str):
         return card
     if not isinstance(card, os.PathLike):
@@ -412,7 +419,7 @@ def list_adapters(
     """
     from huggingface_hub import HfApi
 
-    base = require_hub_id(base_model)
+    base = require_hub_id(base_model, given=True)
     with translated(base, token=token):
         found = HfApi(token=token).list_models(
             filter=f"base_model:adapter:{base}", author=author, search=search, limit=limit, sort="downloads", full=True

@@ -54,6 +54,7 @@ class _Facts:
     pushing: bool
     authenticated: bool
     create_pr: bool
+    fetching: bool  # a file, which could be in the cache
 
     @property
     def status(self) -> int | None:
@@ -199,6 +200,12 @@ _CASES = (
     ),
     _Case(
         "offline",
+        lambda f: f.is_a("OfflineModeIsEnabled") and not f.fetching,
+        "The Hub has to be asked for {repo!r}, and may not be (HF_HUB_OFFLINE).",
+        "Unset HF_HUB_OFFLINE.",
+    ),
+    _Case(
+        "offline",
         _class("OfflineModeIsEnabled"),
         "{repo!r} is neither a folder here nor whole in the cache, and the Hub may not be asked "
         "(HF_HUB_OFFLINE or local_files_only).",
@@ -206,9 +213,21 @@ _CASES = (
     ),
     _Case(
         "stalled",
+        lambda f: f.is_a("TimeoutException", "TimeoutError") and not f.fetching,
+        "The Hub stopped answering while asked for {repo!r}.",
+        "Try again: pushing what was pushed all the same changes nothing.",
+    ),
+    _Case(
+        "stalled",
         _class("TimeoutException", "TimeoutError"),
         "The Hub stopped answering while asked for {repo!r}, and {file} is not in the cache.",
         "Try again; HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT (seconds) say how long to wait.",
+    ),
+    _Case(
+        "unreachable",
+        lambda f: f.is_a("ConnectError", "ProxyError", "UnsupportedProtocol") and not f.fetching,
+        "The Hub cannot be reached, and has to be asked for {repo!r}.",
+        "Check the connection and the proxy.",
     ),
     _Case(
         "unreachable",
@@ -255,7 +274,7 @@ def failure(
     repo_id: str,
     *,
     pushing: bool = False,
-    file: str = "the file",
+    file: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -264,7 +283,7 @@ def failure(
     """The typed error for what huggingface_hub raised; None if that says nothing of the Hub."""
     tokens = known_tokens(token)
     error = _root(error)
-    facts = _Facts(error, pushing, bool(tokens), create_pr)
+    facts = _Facts(error, pushing, bool(tokens), create_pr, file is not None)
     case = next((case for case in _CASES if case.meets(facts)), None)
     if case is None:
         return None
@@ -272,7 +291,7 @@ def failure(
     place = [f"in {subfolder}" if subfolder else "", f"at {revision}" if revision else ""]
     words = {
         "repo": repo_id,
-        "file": file,
+        "file": file or "a file",
         "revision": revision or "main",
         "where": "".join(f" {part}" for part in place if part),
         "said": facts.said,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -136,6 +137,54 @@ def test_the_task(config, architecture, auto, tag):
     assert data(text).get("pipeline_tag") == tag
     assert f'{auto}.from_pretrained("org/base")' in text
     assert ("vllm serve" in text) == (tag == "text-generation")
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "shown", "tag"),
+    [
+        ({"task_type": None}, "LEDForConditionalGeneration", "LEDForConditionalGeneration", None),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "MarianMTModel", "MarianMTModel", "text2text-generation"),
+        ({}, "Qwen2VLForConditionalGeneration", "Qwen2VLForConditionalGeneration", "text-generation"),
+        (
+            {"task_type": "SEQ_CLS"},
+            "Wav2Vec2ForSequenceClassification",
+            "AutoModelForAudioClassification",
+            "audio-classification",
+        ),
+        ({"task_type": None}, "Evil()", "AutoModel", None),
+    ],
+)
+def test_a_class_that_the_tasks_auto_class_does_not_load_is_named_itself(config, architecture, shown, tag):
+    text = card.update(None, adapter(**config), repo_id="me/task", architecture=architecture)
+    assert text.count(f"from transformers import {shown}\n") == 2
+    assert text.count(f'model = {shown}.from_pretrained("org/base")\n') == 2
+    assert data(text).get("pipeline_tag") == tag
+    for library, found in (("transformers.models.led.modeling_led", shown), ("mine", None)):
+        mapping = {"auto_mapping": {"base_model_class": architecture, "parent_library": library}}
+        text = card.update(None, adapter(**config, peft_fields=mapping), repo_id="me/task")
+        assert found is None or f"import {found}\n" in text
+        assert (f"import {architecture}\n" in text) == (shown == architecture and found is not None)
+
+
+@pytest.mark.parametrize("key", ["weight", "out_proj.weight"])
+def test_the_number_of_labels_is_shown_where_the_adapter_brings_the_classifier(key):
+    head = {"classifier": {key: torch.zeros(5, 8), key.replace("weight", "bias"): torch.zeros(5)}}
+    value = dataclasses.replace(adapter(task_type="SEQ_CLS", modules_to_save=["classifier"]), modules=head)
+    text = card.update(None, value, repo_id="me/task")
+    assert text.count('.from_pretrained("org/base", num_labels=5, ignore_mismatched_sizes=True)\n') == 2
+    assert "num_labels" not in card.update(None, adapter(task_type="SEQ_CLS"), repo_id="me/task")
+    causal = dataclasses.replace(value, config=value.config.replace(task_type="CAUSAL_LM"))
+    assert "num_labels" not in card.update(None, causal, repo_id="me/task")
+
+
+def test_a_folder_with_the_name_of_the_base_changes_nothing(tmp_path, monkeypatch):
+    text = card.update(None, adapter(), repo_id="me/task")
+    (tmp_path / BASE).mkdir(parents=True)
+    (tmp_path / "other" / "one").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert card.update(text, adapter(), base_model=BASE, repo_id="me/task") == text
+    with pytest.raises(LoRAMismatchError, match="says base_model: other/one"):
+        card.update("---\nbase_model: other/one\n---\n", adapter(), base_model=BASE)
 
 
 def test_the_code_it_shows_is_code():

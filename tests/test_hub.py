@@ -19,7 +19,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import hf_lora
-from hf_lora import LoRAAdapter, LoRAConfig, LoRAFileError, LoRAHubError, LoRAMismatchError, LoRANameError, hub_errors
+from hf_lora import (
+    LoRAAdapter,
+    LoRAConfig,
+    LoRAFileError,
+    LoRAHubError,
+    LoRAMismatchError,
+    LoRANameError,
+    LoRAUnsupportedError,
+    hub_errors,
+)
 from hf_lora.facts import RunFacts
 
 BASE = "lab/base"
@@ -242,7 +251,7 @@ def test_the_owners_words_survive_a_second_push(hub, trained):
     assert now.count("hf_lora:begin") == 1
 
 
-def test_words_of_ones_own(hub, trained, tmp_path):
+def test_words_of_ones_own(hub, trained, tmp_path, monkeypatch):
     model = trained()
     model.push_adapter_to_hub("me/text", card="# Mine\n\nText.\n")
     assert "# Mine\n\nText." in hub.files("me/text")["README.md"].decode()
@@ -255,9 +264,16 @@ def test_words_of_ones_own(hub, trained, tmp_path):
     readme = hub.files("me/card")["README.md"]
     assert metadata(readme)["license"] == "mit"
     assert metadata(readme)["base_model"] == BASE
-    with pytest.raises(LoRAFileError, match="cannot be read"):
-        model.push_adapter_to_hub("me/none", card=tmp_path / "missing.md")
+    for missing in (tmp_path / "missing.md", "missing.md"):
+        with pytest.raises(LoRAFileError, match="cannot be read"):
+            model.push_adapter_to_hub("me/none", card=missing)
     assert "me/none" not in hub.store.repos
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my words").write_text("# From a file\n", encoding="utf-8")
+    for name in ("README.md", "my words"):  # a string that names a file is no text
+        model.push_adapter_to_hub("me/named", card=name)
+        assert "# From a file" in hub.files("me/named")["README.md"].decode()
+        assert f"\n{name}\n" not in hub.files("me/named")["README.md"].decode()
 
 
 def test_metadata_that_does_not_parse_stops_the_push(hub, trained):
@@ -267,6 +283,7 @@ def test_metadata_that_does_not_parse_stops_the_push(hub, trained):
     with pytest.raises(LoRAFileError, match=r"metadata of the card cannot be read, line 3"):
         trained().push_adapter_to_hub("me/new", card="---\na: 1\nb: [1\n---\nwords\n")
     assert hub.files("me/task").keys() == {"README.md"}
+    assert "me/new" not in hub.store.repos  # what is wrong on this side is seen before a repo is made
     hub.commit("me/task", {"README.md": "---\nbase_model: other/one\n---\nwords\n"})
     with pytest.raises(LoRAMismatchError, match="says base_model: other/one"):
         trained().push_adapter_to_hub("me/task")
@@ -353,7 +370,7 @@ def test_a_token_is_not_published(hub, trained):
     adapter = LoRAAdapter.of(dataclasses.replace(adapter, config=adapter.config.replace(revision=token)))
     with pytest.raises(LoRAFileError, match="looks like a token"):
         adapter.push("me/task")
-    assert hub.history("me/task") == []
+    assert not hub.store.repos
 
 
 @pytest.mark.parametrize("name", ["", "/models/base", "./base", "a/b/c", "folder"])
@@ -369,6 +386,40 @@ def test_a_base_without_an_id_is_asked_for(hub, trained, tmp_path, monkeypatch, 
     assert not hub.requests
     adapter.push("me/task", base_model=BASE)
     assert json.loads(hub.files("me/task")[CONFIG])["base_model_name_or_path"] == BASE
+
+
+def test_a_folder_with_the_name_of_the_base_is_no_reason_to_refuse_its_id(hub, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / BASE).mkdir(parents=True)
+    model = trained()
+    with pytest.raises(LoRAMismatchError, match="is a folder"):  # which of the two was loaded?
+        model.push_adapter_to_hub("me/task")
+    model.push_adapter_to_hub("me/task", base_model=BASE)
+    assert json.loads(hub.files("me/task")[CONFIG])["base_model_name_or_path"] == BASE
+    assert [found.repo_id for found in hf_lora.list_adapters(BASE)] == ["me/task"]
+
+
+def test_push_to_hub_of_transformers_pushes_the_adapter_with_its_card(hub, trained, tiny, tmp_path):
+    model = trained()
+    info = model.push_to_hub("me/task", commit_message="as ever", private=True)
+    assert [(commit.oid, commit.title) for commit in hub.history("me/task")] == [(info.oid, "as ever")]
+    assert hub.files("me/task").keys() == FILES
+    assert metadata(hub.files("me/task")["README.md"])["base_model"] == BASE
+    with pytest.raises(LoRAUnsupportedError, match="max_shard_size, tags"):
+        model.push_to_hub("me/task", tags=["x"], max_shard_size="1GB")
+    model = trained()
+    model.config._name_or_path = str(tmp_path)
+    config = model.lora_adapter().config.replace(base_model=str(tmp_path))
+    model.add_lora(config, "default", replace=True)
+    randomise(model)
+    with pytest.raises(LoRAMismatchError, match="is a folder"):
+        model.push_to_hub("me/path")
+    assert "me/path" not in hub.store.repos
+    model.merge_lora()
+    model.push_to_hub("me/whole")
+    tiny("llama").push_to_hub("me/base")
+    assert "model.safetensors" in hub.files("me/whole")
+    assert "model.safetensors" in hub.files("me/base")
 
 
 def test_an_adapter_that_is_not_fit_is_not_pushed(hub, trained, tiny):
@@ -700,12 +751,13 @@ def test_an_id_that_is_none(hub, trained, repo_id):
 
 def test_a_push_offline_and_unreachable(hub, trained):
     model = trained()
-    hub.unreachable()
-    with refused("unreachable"):
-        model.push_adapter_to_hub("me/task")
-    hub.offline()
-    with refused("offline"):
-        model.push_adapter_to_hub("me/task")
+    for kind, change in (("unreachable", hub.unreachable), ("offline", hub.offline)):
+        change()
+        for ask in (lambda: model.push_adapter_to_hub("me/task"), lambda: hf_lora.list_adapters("me/task")):
+            with refused(kind) as caught:
+                ask()
+            assert "cache" not in str(caught.value)  # which has no part in it
+            assert "folder" not in str(caught.value)
 
 
 def test_a_connection_that_breaks_during_a_push(hub, trained):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRAFileError, LoRAStateError, LoRAUnsupportedError
 from ..layerinfo import is_held
-from ..loading import save_checkpoint
+from ..loading import push_lora, save_checkpoint
 from ..model import put, read, remove, state_of
 from ..sharding import is_sharded
 from ..state import Active
@@ -26,6 +26,10 @@ from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .patching import Registry
 
 __all__ = ["attached", "base_state_dict", "detached", "install"]
+
+_PUSH_OPTIONS = frozenset(
+    {"commit_message", "private", "token", "revision", "create_pr"}
+)  # of push_to_hub, and of ours
 
 
 def attached(model: nn.Module) -> None:
@@ -53,6 +57,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def install(registry: Registry, cls: Any) -> None:
     """Wrap the methods of `cls`, which is PreTrainedModel."""
     save, checkpointing, resize = cls.save_pretrained, cls._set_gradient_checkpointing, cls.resize_token_embeddings
+    push = cls.push_to_hub
 
     signature = inspect.signature(save)
 
@@ -78,7 +83,7 @@ def install(registry: Registry, cls: Any) -> None:
                 "save_pretrained(push_to_hub=True) of a model with a LoRA is not supported.",
                 name="push_to_hub",
                 value=True,
-                remedy="Save the adapter and upload the folder.",
+                remedy="Call push_adapter_to_hub(repo_id), which adds a card.",
             )
         sharded = is_sharded(self)
         if tensors is not None and not sharded:
@@ -110,7 +115,23 @@ def install(registry: Registry, cls: Any) -> None:
             values[:] = [_resized(self, value, touched) for value in values]
         return embeddings
 
+    @functools.wraps(push)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **options: Any) -> Any:
+        state = state_of(self)
+        if state is None or state.merged is not None:
+            return push(self, repo_id, *args, **options)
+        others = sorted(options.keys() - _PUSH_OPTIONS)
+        if args or others:
+            raise LoRAUnsupportedError(
+                f"push_to_hub() of a model with a LoRA pushes the adapter, and does not take {', '.join(others)}.",
+                name=others[0] if others else None,
+                expected=sorted(_PUSH_OPTIONS),
+                remedy="Leave it out, or call push_adapter_to_hub().",
+            )
+        return push_lora(self, repo_id, **options)  # stock would publish the path of a base that lies in a folder
+
     registry.set(cls, "save_pretrained", save_pretrained)
+    registry.set(cls, "push_to_hub", push_to_hub)
     registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
 
