@@ -40,26 +40,50 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            while callbacks := self.callbacks.pop(name, []):  # one may ask for another of the same module
-                for callback in callbacks:
-                    callback(module)
+            self.call(module, name)
 
         loader.exec_module = exec_module  # this loader is of this module alone
+
+    def call(self, module: ModuleType, name: str) -> None:
+        """Call back whoever waits for the module."""
+        while callbacks := self.callbacks.pop(name, []):  # one may ask for another of the same module
+            for callback in callbacks:
+                callback(module)
 
 
 _WATCHER = _Watcher()
 
 
+class _BeingImported(importlib.machinery.ModuleSpec):
+    """The spec of a module whose import began (in another thread, say) before the watcher could see it."""
+
+    @property
+    def _initializing(self) -> bool:  # importlib's own name, which it sets to False at the end
+        return bool(vars(self)["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        vars(self)["_initializing"] = value
+        module = sys.modules.get(self.name)  # absent: its import failed
+        if not value and module is not None:
+            _WATCHER.call(module, self.name)
+
+
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Call `callback` with the module `name`: now if it is imported, else once it has been."""
     module = sys.modules.get(name)
-    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+    spec = getattr(module, "__spec__", None)
+    if module is not None and not getattr(spec, "_initializing", False):
         callback(module)
         return
     _WATCHER.callbacks.setdefault(name, []).append(callback)
     _WATCHER.packages.add(name.partition(".")[0])
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)
+    if module is not None and type(spec) is importlib.machinery.ModuleSpec:
+        spec.__class__ = _BeingImported
+        if not vars(spec)["_initializing"]:  # it ended meanwhile
+            _WATCHER.call(module, name)
 
 
 def forget() -> None:
