@@ -19,7 +19,6 @@ TRAINER_STATE = "trainer_state.json"
 _LARGEST = 64 * 2**20  # bytes; a line of the log is about 200
 # What Trainer logs beside measurements.
 _NO_METRIC = ("_runtime", "_per_second", "_model_preparation_time")
-_NO_LOSS = frozenset({"train_loss"})
 
 Scalar = str | int | float | bool
 
@@ -76,7 +75,6 @@ class RunFacts:
                 for key, value in entry.items()
                 if isinstance(key, str) and key.startswith("eval_") and _number(value) and not key.endswith(_NO_METRIC)
             }
-            measured.pop("eval_runtime", None)
             if measured:
                 evaluations.append((step, measured))
             if _number(entry.get("train_runtime")):

@@ -18,7 +18,7 @@ from .switching import Which, selection
 from .targeting import describe_layer
 from .weights import MergeRecord, device_of, merge, mergeable, unmerge
 
-__all__ = ["Merged", "merge_lora", "unmerge_lora"]
+__all__ = ["Merged", "merge_lora", "require_mergeable", "unmerge_lora"]
 
 
 @dataclass(eq=False)
@@ -65,10 +65,7 @@ def merge_lora(model: nn.Module, which: Which = None) -> Merged:
     with state.lock:
         merged, modules = Merged(active), dict(model.named_modules())
         pairs = _pairs(model, active)
-        whole = [path for entry, _ in active.mixture for path in entry.record.biases]
-        for head in [path for entry, _ in active.mixture for path in entry.record.heads]:
-            whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
-        _refuse_tied(model, [*(f"{path}.weight" for path in pairs), *whole])
+        require_mergeable(model, active)
         _refuse_not_finite(model, active)
         try:
             for path, (A, B) in pairs.items():
@@ -98,6 +95,17 @@ def unmerge_lora(model: nn.Module) -> None:
     with state.lock:
         _undo(model, state.merged)
         state.merged = None
+
+
+def require_mergeable(model: nn.Module, active: Active) -> None:
+    """Raise `LoRAUnsupportedError` if a weight that a merge of `active` changes is quantised, offloaded or tied."""
+    layers = dict.fromkeys(path for entry in active.entries for path in entry.record.layers)
+    for path in layers:
+        mergeable(model.get_submodule(path), path)
+    whole = [path for entry in active.entries for path in entry.record.biases]
+    for head in [path for entry in active.entries for path in entry.record.heads]:
+        whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
+    _refuse_tied(model, [*(f"{path}.weight" for path in layers), *whole])
 
 
 def _pairs(model: nn.Module, active: Active) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,13 +22,12 @@ from .errors import LoRAConfigError, LoRANameError, LoRAStateError, LoRAUnsuppor
 from .facts import RunFacts
 from .integrations.reporting import Reports
 from .loading import load_checkpoint, save_checkpoint
-from .merging import merge_lora, unmerge_lora
+from .merging import merge_lora, require_mergeable, unmerge_lora
 from .model import read, refill, require, state_of
 from .progress import Progress, trained_parameters
 from .sharding import is_sharded, whole
 from .state import Entry
 from .store import CONFIG_NAME
-from .weights import mergeable
 
 __all__ = ["LoRACallback"]
 
@@ -101,7 +100,8 @@ class LoRACallback(TrainerCallback, Reports):
     Args:
         merge_at_end: a folder; at the end the active adapter is merged into the base and the whole model written
             there, with the tokenizer if Trainer has one. The model in memory is unmerged again, bit for bit.
-        push_best: "user/name"; at the end the best adapter (without evaluation the last) is pushed there.
+        push_best: "user/name"; at the end the best adapter is pushed there, by Trainer's metric_for_best_model; the
+            last, with a warning, if it is not evaluated and saved by one.
         push_options: further arguments of `push_adapter_to_hub`: adapter, private, token, revision, create_pr,
             commit_message, card, subfolder, base_model, force.
         datasets: ids on the Hub of what it trains on, for the card; those that `datasets` loaded are found.
@@ -146,7 +146,8 @@ class LoRACallback(TrainerCallback, Reports):
                 remedy="Call add_lora(), or train_lora('…'), before train().",
             )
         adapters, others, total = trained_parameters(model)
-        self._model, self._progress, self._told = model, Progress(model), False
+        self._model, self._told = model, False
+        self._progress: Progress | None = Progress(model)
         self._adapters, self._all = adapters, adapters + others
         self._trainable, self._total = sum(p.numel() for p in self._all), total
         self._measured: tuple[float, float] | None = None  # gradient norms of the adapters and of all, as clipped
@@ -161,7 +162,7 @@ class LoRACallback(TrainerCallback, Reports):
 
     def numbers(self, logs: Mapping[str, float]) -> Mapping[str, float]:
         """What is added to a log of the training loss; nothing to any other."""
-        if self._model is None or "loss" not in logs:
+        if self._model is None or self._progress is None or "loss" not in logs:
             return {}
         found = {"trainable_share": self._trainable / max(self._total, 1)}
         norm = self._grad_norm(logs.get("grad_norm"))
@@ -193,16 +194,17 @@ class LoRACallback(TrainerCallback, Reports):
         """Keep the facts; then save, merge and push what was asked for."""
         self._record(args, state, kwargs)
         model, self._model = self._model, None
-        self._adapters, self._all = [], []
+        self._adapters, self._all, self._progress = [], [], None  # a callback may outlive its model
         if model is None or not state.is_world_process_zero or not (self.merge_at_end or self.push_best):
             return
         save_checkpoint(model, args.output_dir)  # whatever fails now, what was trained is on disk
         try:
             if self.merge_at_end is not None:
                 self._finish(args, "merging", lambda: self._merge(model, kwargs.get("processing_class")))
-        finally:
-            if self.push_best is not None:
-                self._finish(args, "pushing", lambda: self._push(model, args, state))
+        except LoRAStateError:  # and after nothing else: who interrupts it does not mean to publish
+            self._push(model, args, state)
+            raise
+        self._push(model, args, state)
 
     # ---- facts ------------------------------------------------------------------------------------------------------
 
@@ -250,13 +252,11 @@ class LoRACallback(TrainerCallback, Reports):
                     name="merge_at_end",
                     remedy="Call set_lora('…') before train().",
                 )
-            for entry in active.entries:
-                for path in entry.record.layers:
-                    mergeable(model.get_submodule(path), path)
+            require_mergeable(model, active)
         if self.push_best is not None:
-            self._check_push(model)
+            self._check_push(args, model)
 
-    def _check_push(self, model: nn.Module) -> None:
+    def _check_push(self, args: Any, model: nn.Module) -> None:
         if not hasattr(model, "push_adapter_to_hub"):
             raise LoRAUnsupportedError(
                 f"LoRACallback: a {type(model).__name__} has no push_adapter_to_hub(), so push_best cannot work.",
@@ -276,6 +276,12 @@ class LoRACallback(TrainerCallback, Reports):
         entry = require(model).entry(names[0] if chosen is None else chosen)
         if self.push_options.get("base_model") is None and hub_id(entry.record.config.base_model) is None:
             require_hub_id(getattr(getattr(model, "config", None), "_name_or_path", None))
+        evaluates, saves = (str(getattr(how, "value", how)) != "no" for how in (args.eval_strategy, args.save_strategy))
+        if evaluates and not (saves and args.metric_for_best_model):
+            _LOG.warning(
+                "push_best will push the last adapter: Trainer keeps a best one only with metric_for_best_model and "
+                "a save_strategy."
+            )
 
     def _finish(self, args: Any, what: str, act: Callable[[], None]) -> None:
         try:
@@ -307,10 +313,19 @@ class LoRACallback(TrainerCallback, Reports):
             tokenizer.save_pretrained(self.merge_at_end)
 
     def _push(self, model: Any, args: Any, state: Any) -> None:
+        if self.push_best is not None:
+            self._finish(args, "pushing", lambda: self._push_adapter(model, args, state))
+
+    def _push_adapter(self, model: Any, args: Any, state: Any) -> None:
         """Push the best: it is in memory if Trainer has loaded it, or else for as long as the push takes."""
-        name = self.push_options.get("adapter", self._entries[0].name)
-        options = {"adapter": name, **self.push_options}
+        options = {**self.push_options, "adapter": self.push_options.get("adapter") or self._entries[0].name}
         best = state.best_model_checkpoint
+        if best is not None and Path(best).name != f"checkpoint-{state.best_global_step}":
+            _LOG.warning(
+                "push_best pushes %s: the best evaluation was at step %s, of which there is no checkpoint.",
+                Path(best).name,
+                state.best_global_step,
+            )
         if best is None or args.load_best_model_at_end:
             model.push_adapter_to_hub(self.push_best, **options)
             return

@@ -305,6 +305,15 @@ def test_merging_what_cannot_be_merged_is_refused_before_the_first_step(tiny: An
         run.train()
 
 
+def test_merging_a_tied_weight_is_refused_before_the_first_step(tiny: Any, tmp_path: Path) -> None:
+    model = tiny("llama-tied")
+    model.add_lora(LoRAConfig(r=2, target_modules=["q", "embed_tokens"]))
+    run = trainer(model, tmp_path / "out", LoRACallback(merge_at_end=tmp_path / "merged"))
+    with pytest.raises(LoRAUnsupportedError, match="tied to lm_head"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +498,74 @@ def test_push_best_without_evaluation_pushes_the_last(tiny: Any, tmp_path: Path,
     ((_, _, tensors),) = pushed.calls
     after = model.lora_state_dict("task")
     assert all(torch.equal(tensors[key], after[key]) for key in after)
+
+
+STALE = "pushes checkpoint-2: the best evaluation was at step 3"  # which is not among those saved, 2 and 4
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, "will push the last"),
+        ({"metric_for_best_model": "eval_loss", "eval_strategy": "steps", "save_strategy": "no"}, "will push the last"),
+        ({"metric_for_best_model": "eval_loss", "eval_strategy": "steps", "eval_steps": 1}, STALE),
+        ({"metric_for_best_model": "eval_loss", "eval_strategy": "steps", "eval_steps": 2}, ""),
+        ({}, ""),
+    ],
+)
+def test_where_what_is_pushed_is_not_the_best_it_says_so(
+    tiny: Any, tmp_path: Path, monkeypatch: Any, caplog: Any, options: dict[str, Any], warned: str
+) -> None:
+    pushed = Pushed(monkeypatch)
+    run = trainer(with_lora(tiny), tmp_path, LoRACallback(push_best="me/task"), greater_is_better=False, **options)
+    if warned == STALE:
+        monkeypatch.setattr(run, "evaluate", lambda **_: _evaluated(run, {1: 4.0, 2: 3.0, 3: 1.0, 4: 2.0}))
+    run.train()
+    assert len(pushed.calls) == 1
+    messages = [record.getMessage() for record in caplog.records if record.name == "hf_lora.training"]
+    assert [warned in message for message in messages] == ([True] if warned else [])
+
+
+def _evaluated(run: Any, losses: dict[int, float]) -> dict[str, float]:
+    metrics = {"eval_loss": losses[run.state.global_step]}
+    run.log(metrics)
+    return metrics
+
+
+def test_no_adapter_named_means_the_one_that_trains(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    pushed = Pushed(monkeypatch)
+    model = with_lora(tiny)
+    model.add_lora(LoRAConfig(r=2, target_modules=["k"]), "second")
+    model.set_lora(["task", "second"])
+    trainer(model, tmp_path, LoRACallback(push_best="me/x", push_options={"adapter": None}), max_steps=1).train()
+    assert pushed.calls[0][1]["adapter"] == "second"
+
+
+def test_an_interrupted_merge_publishes_nothing(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    pushed = Pushed(monkeypatch)
+    model = with_lora(tiny)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    callback = LoRACallback(push_best="me/task", merge_at_end=tmp_path / "merged")
+    monkeypatch.setattr(callback, "_merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path / "out", callback, max_steps=1).train()
+    assert not pushed.calls
+
+
+def test_a_callback_lets_go_of_its_model(tiny: Any, tmp_path: Path) -> None:
+    import gc
+    import weakref
+
+    callback = LoRACallback()
+    run = trainer(with_lora(tiny), tmp_path, callback, max_steps=1)
+    run.train()
+    model = weakref.ref(run.model)
+    del run
+    gc.collect()
+    assert model() is None
 
 
 def test_of_several_adapters_push_best_needs_a_name(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
