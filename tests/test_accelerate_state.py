@@ -126,6 +126,14 @@ def test_models_beside_it_are_saved_as_ever(tiny: Any, tmp_path: Path) -> None:
     assert [bits(model) for model in others] == [bits(model) for model in models]
 
 
+def test_asking_for_it_twice_changes_nothing(tiny: Any, tmp_path: Path) -> None:
+    loop = Loop(with_loras(tiny), alone=True)
+    save_adapters_alone(loop.accelerator)
+    loop.accelerator.save_state(str(tmp_path))
+    loop.accelerator.load_state(str(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_another_adapters_checkpoint_is_refused(tiny: Any, tmp_path: Path) -> None:
     Loop(with_loras(tiny, heads=True), alone=True).accelerator.save_state(str(tmp_path))
     model = tiny("llama")

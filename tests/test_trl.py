@@ -308,6 +308,27 @@ def test_a_reference_names_what_is_there(tiny: Any) -> None:
         ReferenceModel(with_lora(tiny), "before")
 
 
+def test_peft_beside_an_adapter_that_trains_is_refused(tiny: Any, tmp_path: Path) -> None:
+    import datasets
+    from peft import LoraConfig, PeftModel
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    model = with_lora(tiny)
+    for trainer, config in ((SFTTrainer, SFTConfig), (DPOTrainer, DPOConfig)):
+        with pytest.raises(LoRAUnsupportedError, match=r"adapter 'task' trains: PEFT's.*(?s:.)*train_lora\(\[\]\)"):
+            trainer(
+                model,
+                args=config(str(tmp_path), **FIXED),
+                train_dataset=datasets.Dataset.from_list([{"text": text} for text in TEXTS]),
+                processing_class=tokenizer(),
+                peft_config=LoraConfig(r=2, target_modules=["k_proj"]),
+            )
+    model.train_lora([])  # over a frozen one PEFT may train
+    from trl.trainer import sft_trainer
+
+    assert isinstance(sft_trainer.get_peft_model(model, LoraConfig(r=2, target_modules=["k_proj"])), PeftModel)
+
+
 def test_what_moves_the_reference_is_refused(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(LoRAUnsupportedError, match="sync_ref_model"):
         dpo(with_lora(tiny), tmp_path, sync_ref_model=True)

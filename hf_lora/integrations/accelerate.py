@@ -13,6 +13,8 @@ from ..model import state_of
 
 __all__ = ["save_adapters_alone"]
 
+_ALONE = "_lora_alone"
+
 
 def save_adapters_alone(accelerator: Any) -> None:
     """Let `save_state` write, and `load_state` read, the adapters that train of models with a LoRA.
@@ -22,11 +24,15 @@ def save_adapters_alone(accelerator: Any) -> None:
     Optimizers, schedulers, the random state, and models without a LoRA are written as ever.
 
     Args:
-        accelerator: an `accelerate.Accelerator` of one process or DDP; call this once, before save_state or load_state.
+        accelerator: an `accelerate.Accelerator` of one process or DDP; call this before save_state or load_state.
+            A second call changes nothing.
 
     Raises:
         LoRAUnsupportedError: from save_state and load_state, where FSDP, DeepSpeed or Megatron save models themselves.
     """
+    if getattr(accelerator, _ALONE, False):  # a second hook would find the models taken away by the first
+        return
+    setattr(accelerator, _ALONE, True)
 
     def save(models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
         _require_all(accelerator, models, weights)

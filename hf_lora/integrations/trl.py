@@ -2,7 +2,8 @@
 
 TRL knows PEFT's models by their class. For any other model its DPO loads a second copy of the base as reference, its
 `disable_dropout` leaves a LoRA's dropout on, and its fused output head multiplies by `lm_head.weight` itself, so that
-an adapter there would neither be applied nor trained. Each function is called through for a model without our LoRA.
+an adapter there would neither be applied nor trained. A `peft_config` as well would freeze ours. Each function is
+called through for a model without our LoRA.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from .patching import Registry
 __all__ = ["install"]
 
 _SHARDED = ("prepare_deepspeed", "prepare_fsdp")
-# Module -> the functions that it has imported from trl.trainer.utils or trl.models, and that are wrapped there.
+_PEFT = "get_peft_model"
+# Module -> the functions that it has imported from trl.trainer.utils, trl.models or peft, and that are wrapped there.
 _WRAPPED = {
-    "trl.trainer.sft_trainer": ("add_fused_lm_head",),
-    "trl.trainer.dpo_trainer": ("add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
-    "trl.trainer.kto_trainer": ("add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
-    "trl.trainer.grpo_trainer": ("add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
-    "trl.trainer.rloo_trainer": ("add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
-    "trl.trainer.reward_trainer": ("disable_dropout_in_model",),
+    "trl.trainer.sft_trainer": (_PEFT, "add_fused_lm_head"),
+    "trl.trainer.dpo_trainer": (_PEFT, "add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
+    "trl.trainer.kto_trainer": (_PEFT, "add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
+    "trl.trainer.grpo_trainer": (_PEFT, "add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
+    "trl.trainer.rloo_trainer": (_PEFT, "add_fused_lm_head", "disable_dropout_in_model", *_SHARDED),
+    "trl.trainer.reward_trainer": (_PEFT, "disable_dropout_in_model"),
 }
 
 
@@ -44,7 +46,7 @@ def install(registry: Registry) -> None:
 def _wrap(registry: Registry, module: ModuleType) -> None:
     for name in _WRAPPED[module.__name__]:
         before, original = _BEFORE[name], getattr(module, name, None)
-        if original is None:  # another TRL; a contract test says what the tested one has
+        if original is None:  # no peft, or another TRL; a contract test says what the tested one has
             continue
 
         @functools.wraps(original)
@@ -100,6 +102,19 @@ def _refuse_head(model: Any) -> None:
         )
 
 
+def _refuse_peft(model: Any) -> None:
+    """Raise for `peft_config` on a model with an adapter of ours that trains: PEFT would freeze it."""
+    state = state_of(model)
+    training = [] if state is None else [entry.name for entry in state.entries.values() if entry.trainable]
+    if training:
+        raise LoRAUnsupportedError(
+            f"peft_config was given with a model whose adapter {training[0]!r} trains: PEFT's would train instead.",
+            name="peft_config",
+            value=tuple(training),
+            remedy="Leave peft_config out; or freeze what is there, with train_lora([]).",
+        )
+
+
 def _without_dropout(model: Any) -> None:
     """Turn the adapters' dropout off too: it is no module of its own."""
     for module in model.modules():
@@ -119,6 +134,7 @@ def _refuse_sharded(model: Any) -> None:
 
 
 _BEFORE = {
+    _PEFT: _refuse_peft,
     "add_fused_lm_head": _refuse_head,
     "disable_dropout_in_model": _without_dropout,
     **dict.fromkeys(_SHARDED, _refuse_sharded),
