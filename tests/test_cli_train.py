@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from smallbase import save_base
 from test_cli import run, said
 
 from hf_lora import LoRAAdapter
+from hf_lora.errors import LoRAHubError
 from hf_lora.facts import RunFacts
 from hf_lora.recipe.folder import RECORD
 
@@ -31,6 +33,24 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def place(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder, which is the working directory, with a base, data and a recipe."""
     return furnish(tiny("llama"), tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def trained(place: Path, _kept: Path) -> Any:
+    """`place` after `train task.yaml --json`, and what that printed. It is run once, and its folder is copied."""
+    if not _kept.exists():
+        result = run("train", "task.yaml", "--json")
+        assert result.exit_code == 0, result.output
+        shutil.copytree(place / "out", _kept / "out")
+        (_kept / "printed.json").write_text(result.stdout)
+    elif not (place / "out").exists():
+        shutil.copytree(_kept / "out", place / "out")
+    return json.loads((_kept / "printed.json").read_text())
 
 
 def furnish(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> Path:
@@ -57,10 +77,8 @@ def as_json(result: Any) -> Any:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_is_trained(place: Path) -> None:
-    result = run("train", "task.yaml", "--json")
-    assert result.exit_code == 0, result.output
-    found = as_json(result)
+def test_a_recipe_is_trained(place: Path, trained: Any) -> None:
+    found = trained
     assert (found["steps"], found["base"], found["resumed_from"]) == (6, "org/tiny", None)
     assert found["loss_after"] < found["loss_before"]
     assert found["eval_after"]["eval_loss"] < found["eval_before"]["eval_loss"]
@@ -76,7 +94,7 @@ def test_a_recipe_is_trained(place: Path) -> None:
     assert [step for step, _ in facts.evaluations] == [0, 6]
     card = (out / "README.md").read_text()
     assert "base_model: org/tiny" in card
-    assert str(place) not in card
+    assert str(place.parent) not in card
 
 
 def test_the_adapter_is_the_one_that_a_plain_trainer_trains(place: Path, tiny: Any) -> None:
@@ -132,6 +150,14 @@ def test_flags_change_a_recipe(place: Path) -> None:
     assert as_json(result)["steps"] == 1
     assert LoRAAdapter.load("other").config.r == 3
     assert not (place / "out").exists()
+
+
+def test_epochs_by_a_flag_win_over_steps_in_the_recipe(place: Path) -> None:
+    plan = as_json(run("train", "task.yaml", "--epochs", "3", "--dry-run", "--json"))
+    assert plan["steps"] == 3 * 48 // 4
+    both = run("train", "task.yaml", "--epochs", "3", "--steps", "2")
+    assert both.exit_code == 2
+    assert "--steps and --epochs exclude each other" in said(both)
 
 
 def test_a_classifier(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,17 +218,15 @@ def test_a_dry_run_counts_the_steps_of_the_run_and_writes_nothing(place: Path) -
 # ---- once more in the same folder ------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_said_to_be_so(place: Path) -> None:
-    first = as_json(run("train", "task.yaml", "--json"))
+def test_a_finished_run_is_said_to_be_so(place: Path, trained: Any) -> None:
     stamp = (place / "out" / ADAPTER[1]).stat().st_mtime_ns
     again = run("train", "task.yaml", "--json")
-    assert as_json(again) == {**first, "already_finished": True}
-    assert "--fresh starts over" in again.stderr
+    assert as_json(again) == {**trained, "already_finished": True}
+    assert "its data were not read again. --fresh starts over" in again.stderr
     assert (place / "out" / ADAPTER[1]).stat().st_mtime_ns == stamp
 
 
-def test_another_recipe_in_the_same_folder_is_refused_unless_fresh(place: Path) -> None:
-    assert run("train", "task.yaml").exit_code == 0
+def test_another_recipe_in_the_same_folder_is_refused_unless_fresh(place: Path, trained: Any) -> None:
     (place / "out" / "README.md").write_text("My words.\n")
     result = run("train", "task.yaml", "--r", "4", "--lr", "0.02")
     assert result.exit_code == 2
@@ -214,20 +238,18 @@ def test_another_recipe_in_the_same_folder_is_refused_unless_fresh(place: Path) 
     assert "My words." in (place / "out" / "README.md").read_text()
 
 
-def unfinished(place: Path) -> None:
-    """Make the finished run in `out` one that was killed after its checkpoint 4."""
+def unfinished(place: Path, *, step: int = 4) -> None:
+    """Make the finished run in `out` one that was killed after a checkpoint."""
     out = place / "out"
     record = json.loads((out / RECORD).read_text())
     (out / RECORD).write_text(json.dumps({key: record[key] for key in ("format", "recipe", "data")} | {"state": "begun"}))  # fmt: skip  # noqa: E501
-    import shutil
-
-    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    if step < 6:
+        shutil.rmtree(out / "checkpoints" / "checkpoint-6")
     for name in (*ADAPTER, "trainer_state.json", "README.md"):
         (out / name).unlink()
 
 
-def test_an_unfinished_run_asks_for_resume_or_fresh(place: Path) -> None:
-    run("train", "task.yaml")
+def test_an_unfinished_run_asks_for_resume_or_fresh(place: Path, trained: Any) -> None:
     expected = [(place / "out" / name).read_bytes() for name in ADAPTER]
     unfinished(place)
     result = run("train", "task.yaml")
@@ -239,8 +261,53 @@ def test_an_unfinished_run_asks_for_resume_or_fresh(place: Path) -> None:
     assert [(place / "out" / name).read_bytes() for name in ADAPTER] == expected
 
 
-def test_resuming_with_other_data_is_refused(place: Path) -> None:
-    run("train", "task.yaml")
+def test_a_run_that_was_stopped_after_its_last_step_takes_no_further_one(place: Path) -> None:
+    # Of a constant rate a further step would show. Evaluation each step, the best loaded at the end: 6 or another.
+    best = ("training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.eval_steps=2")
+    flags = [part for value in ("training.lr_scheduler_type=constant", *best) for part in ("--set", value)]
+    first = as_json(run("train", "task.yaml", *flags, "--json"))
+    expected = [(place / "out" / name).read_bytes() for name in ADAPTER]
+    unfinished(place, step=6)
+    resumed = as_json(run("train", "task.yaml", *flags, "--resume", "--json"))
+    assert resumed == {**first, "resumed_from": 6, "seconds": resumed["seconds"]}
+    assert [(place / "out" / name).read_bytes() for name in ADAPTER] == expected
+
+
+def test_a_finished_run_without_its_adapter_is_not_finished(place: Path, trained: Any) -> None:
+    expected = (place / "out" / ADAPTER[1]).read_bytes()
+    (place / "out" / ADAPTER[1]).unlink()
+    assert "unfinished run of this recipe, at checkpoint-6" in said(run("train", "task.yaml"))
+    assert run("train", "task.yaml", "--resume").exit_code == 0
+    assert (place / "out" / ADAPTER[1]).read_bytes() == expected
+
+
+def test_a_finished_run_is_pushed_when_that_is_asked_for(
+    place: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The push itself is tested over HTTP elsewhere; here, that it happens once, and what a failure leaves."""
+    pushes: list[tuple[str, Any]] = []
+
+    def push(adapter: Any, repo: str, **options: Any) -> str:
+        pushes.append((repo, options))
+        if len(pushes) == 1:
+            raise LoRAHubError("The Hub is away.", name=repo)
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr(LoRAAdapter, "push", push)
+    asked = ("train", "task.yaml", "--push", "me/task", "--set", "push.private=true", "--json")
+    failed = run(*asked)
+    assert failed.exit_code == 2
+    assert "the same recipe again, without --fresh, only pushes it" in as_json(failed)["error"]["remedy"]
+    found = as_json(run(*asked))
+    assert found == {**trained, "already_finished": True, "pushed": "https://hub/commit/1"}
+    assert as_json(run(*asked))["pushed"] == found["pushed"]
+    assert len(pushes) == 2
+    repo, options = pushes[1]
+    assert (repo, options["private"], options["base_model"]) == ("me/task", True, "org/tiny")
+    assert options["run"].steps == 6
+
+
+def test_resuming_with_other_data_is_refused(place: Path, trained: Any) -> None:
     unfinished(place)
     (place / "data.csv").write_text((place / "data.csv").read_text().replace("w10", "w11"))
     result = run("train", "task.yaml", "--resume")
@@ -272,6 +339,7 @@ def test_resume_and_fresh_exclude_each_other(place: Path) -> None:
         (("task.yaml", "--targets", "q,valeu"), "valeu"),
         (("task.yaml", "--prompt", "{question}"), "no column 'question'"),
         (("task.yaml", "--data", "nowhere.csv"), "cannot be read"),
+        (("task.yaml", "--steps", "-3"), "--steps: training.max_steps: -3 is not at least 1"),
         (("task.yaml", "--base", "./nowhere", "--set", "base.id=null"), "is no folder"),
         (("task.yaml", "--out", "data.csv"), "is a file"),
         (("task.yaml", "--out", "base"), "not empty"),
@@ -295,6 +363,12 @@ def test_a_mistake_ends_with_2_without_traceback_and_trains_nothing(
     error = as_json(answered)["error"]
     assert set(error) == {"type", "message", "remedy"}
     assert says in " ".join(error["message"].split())
+
+
+def test_what_only_the_trainer_can_refuse_is_a_mistake_too(place: Path) -> None:
+    result = run("train", "task.yaml", "--set", "training.report_to=nonsense", "--json")
+    assert result.exit_code == 2
+    assert "training: the Trainer refuses this: nonsense is not supported" in as_json(result)["error"]["message"]
 
 
 def test_an_unexpected_error_in_json(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from smallbase import save_base, tokenizer
 
 from hf_lora import LoRAError, LoRATargetError
 from hf_lora.recipe import Base, Data, Recipe, RecipeError, RunFolderError, Source, check, document, shapes, sources
+from hf_lora.recipe.base import find
 from hf_lora.recipe.features import IGNORED, _kept, collator, prepare
 from hf_lora.recipe.folder import RECORD, RunFolder, identity
 from hf_lora.recipe.problems import BaseNotFoundError, DataError
@@ -234,6 +235,16 @@ def test_files_are_looked_up_from_the_recipe_and_those_of_flags_from_here(tmp_pa
     assert recipe.data.eval == Source(file="eval.csv")
     assert recipe.base.model == str(tmp_path / "deep" / "base")
     assert recipe.out == "task"
+
+
+def test_a_file_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "task.yaml").write_text(
+        "base: {model: ~/base}\ndata: {train: ~/a.csv, eval: {file: ~/b.csv}, text: '{t}'}\nout: o\n"
+    )
+    recipe = Recipe.load(tmp_path / "task.yaml")
+    found = (recipe.base.model, recipe.data.train.file, recipe.data.eval and recipe.data.eval.file)
+    assert found == tuple(str(tmp_path / "home" / name) for name in ("base", "a.csv", "b.csv"))
 
 
 def test_a_recipe_that_is_not_there_or_not_utf8(tmp_path: Path) -> None:
@@ -771,10 +782,25 @@ def test_evaluating_without_examples_is_refused(recipe: dict[str, Any]) -> None:
 
 def test_a_repo_needs_a_base_with_an_id(recipe: dict[str, Any]) -> None:
     recipe["push"] = {"repo": "me/task"}
-    with pytest.raises(LoRAError, match="is a folder or no id on the Hub"):
+    with pytest.raises(LoRAError, match=r"is a folder or no id on the Hub[\s\S]*Give base\.id \(--base-id\)"):
         check(Recipe.from_dict(recipe))
     recipe["base"]["id"] = "org/tiny"
     assert check(Recipe.from_dict(recipe)).base == "org/tiny"
+
+
+def test_a_decoder_classifies_an_example_alike_alone_and_in_a_batch(tiny: Any, tmp_path: Path) -> None:
+    """Its classifier looks at the last token before the padding, whatever the config says that padding is."""
+    model = tiny("llama")
+    model.config.pad_token_id = 7  # the tokenizer's is 0
+    save_base(model, tmp_path)
+    data = rows_file(tmp_path, [{"t": "w3", "y": 0}, {"t": "w4 w5 w6", "y": 1}])
+    recipe = Recipe(base=Base(model=str(tmp_path)), data=Data(train=data, text="{t}", label="y"), out="o")
+    found = find(recipe.base, recipe.data)
+    examples = prepare(recipe.data, found.tokenizer, found.config, seq2seq=False).train
+    model, collate = found.model(("no", "yes")).eval(), collator(found.pad)
+    with torch.no_grad():
+        alone, together = (model(**collate([examples[i] for i in which])).logits[0] for which in ([0], [0, 1]))
+    torch.testing.assert_close(alone, together)
 
 
 def test_several_processes_are_refused(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

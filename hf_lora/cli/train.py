@@ -74,7 +74,7 @@ def _flag(name: str, text: str, **options: Any) -> Any:
 def train(
     context: typer.Context,
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="The recipe; flags change what it says.")
+        Path | None, typer.Argument(metavar="RECIPE.yaml", help="The recipe; flags change what it says.")
     ] = None,
     base: Annotated[str | None, _flag("--base", "A model's id on the Hub, or a folder.")] = None,
     revision: Annotated[str | None, _flag("--revision", "The base's branch, tag or commit.")] = None,
@@ -164,6 +164,10 @@ def _changes(context: typer.Context, assignments: list[str]) -> dict[tuple[str, 
         if flag in _KEYS and value is not None:
             value = value.value if isinstance(value, enum.Enum) else value
             found[tuple(_KEYS[flag].split("."))] = (_targets(value) if flag == "--targets" else value, flag)
+    if ("training", "num_train_epochs") in found:
+        if ("training", "max_steps") in found:
+            raise typer.BadParameter("--steps and --epochs exclude each other.")
+        found["training", "max_steps"] = (-1, "--epochs")  # steps win in TrainingArguments, and a flag over the recipe
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not all(key.split(".")):

@@ -89,8 +89,7 @@ class Found:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
             config.problem_type = "single_label_classification"
-            if getattr(config, "pad_token_id", None) is None:
-                config.pad_token_id = self.pad  # a decoder with a classifier looks for the last token before it
+            config.pad_token_id = self.pad  # what batches are filled with: a decoder's classifier looks before it
         return config
 
 

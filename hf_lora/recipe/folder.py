@@ -84,6 +84,8 @@ class RunFolder:
                 if record["format"] != _FORMAT:
                     raise ValueError(f"its format is {quoted(record['format'])}")
                 record["recipe"], record["state"], record["data"]  # they have to be there
+                if not all((self.path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+                    record["state"] = "begun"  # the adapter was deleted, by --fresh or by hand
                 return dict(record)
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise self._unusable(f"has a {RECORD} that is not of a run: {error}") from error

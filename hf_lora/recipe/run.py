@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import json
 import math
 import os
-import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bases import hub_id, require_hub_id
+from ..errors import LoRAError, LoRAMismatchError
 from ..facts import TRAINER_STATE, RunFacts
 from ..quickstart.run import quiet
 from ..quickstart.train import deferred_interrupt
@@ -181,12 +183,17 @@ def train(
     folder = RunFolder(recipe.out)
     record = folder.open(recipe, resume=resume, fresh=fresh)
     if record is not None and record["state"] == "finished":
-        note(f"{folder.path} holds this run, finished. --fresh starts over.")
-        return Result(**{**record["result"], "out": str(folder.path), "already_finished": True})
+        note(f"{folder.path} holds this run, finished; its data were not read again. --fresh starts over.")
+        result = Result(**{**record["result"], "out": str(folder.path), "already_finished": True})
+        if recipe.push is None or result.pushed is not None:
+            return result
+        return _pushed(recipe, folder, result, RunFacts.read(folder.path), record["data"], note)
     try:
         with quiet():
             return _train(recipe, folder, record, fresh=fresh, note=note, step=step)
     except KeyboardInterrupt:
+        if recipe.push is not None and (folder.look() or {}).get("state") == "finished" and not fresh:
+            raise Interrupted(f"Interrupted. {folder.path} holds the trained adapter; run it again to push.") from None
         folder.remove_incomplete()
         latest = folder.latest()
         kept = f"Kept: {latest.name} in {folder.checkpoints}. --resume goes on from there." if latest else ""
@@ -222,19 +229,23 @@ def _train(
         note(f"going on from {start.name}")
     datasets = tuple(dict.fromkeys(s.dataset for s in (recipe.data.train, recipe.data.eval) if s and s.dataset))
     with deferred_interrupt() as interrupted:
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            data_collator=collator(found.pad),
-            compute_metrics=_accuracy if found.task == "classification" else None,
-            preprocess_logits_for_metrics=_classes if found.task == "classification" else None,
-            callbacks=[_progress(step, interrupted), LoRACallback(datasets=datasets)],
-        )
+        with _refused("the Trainer", recipe):
+            trainer = Trainer(
+                model,
+                arguments,
+                train_dataset=data.train,
+                eval_dataset=data.eval,
+                data_collator=collator(found.pad),
+                compute_metrics=_accuracy if found.task == "classification" else None,
+                preprocess_logits_for_metrics=_classes if found.task == "classification" else None,
+                callbacks=[_progress(step, interrupted), LoRACallback(datasets=datasets)],
+            )
         trainer.remove_callback(PrinterCallback)  # they print on stdout; `step` says it
         trainer.remove_callback(ProgressCallback)
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        if start is not None and _had_all_steps(start):
+            _finish_training(trainer, start)
+        else:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
         if not interrupted.is_set() and data.eval is not None and not _evaluated(trainer):
             trainer.evaluate()
         if interrupted.is_set():
@@ -247,10 +258,35 @@ def _train(
         resumed_from=None if start is None else int(start.name.rpartition("-")[2]),
     )
     folder.write(recipe, "finished", fingerprint, result=_as_json(result))
-    if recipe.push is not None:
-        note(f"pushing to {recipe.push.repo}")
-        result = dataclasses.replace(result, pushed=_push(recipe, folder, found, run))
-        folder.write(recipe, "finished", fingerprint, result=_as_json(result))
+    return result if recipe.push is None else _pushed(recipe, folder, result, run, fingerprint, note)
+
+
+def _had_all_steps(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _finish_training(trainer: Any, checkpoint: Path) -> None:
+    """The end of `Trainer.train` for a run that was stopped after its last step: stock Trainer would take one more."""
+    from transformers import TrainerState
+
+    from ..loading import load_checkpoint
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    load_checkpoint(trainer.model, checkpoint if best is None else checkpoint.parent / Path(best).name)
+    for event in (trainer.callback_handler.on_train_begin, trainer.callback_handler.on_train_end):
+        trainer.control = event(trainer.args, trainer.state, trainer.control)
+
+
+def _pushed(
+    recipe: Recipe, folder: RunFolder, result: Result, run: RunFacts | None, fingerprint: str, note: Note
+) -> Result:
+    """Push the finished run, and put the commit's address into its record."""
+    assert recipe.push is not None
+    note(f"pushing to {recipe.push.repo}")
+    result = dataclasses.replace(result, pushed=_push(recipe, folder, result.base, run))
+    folder.write(recipe, "finished", fingerprint, result=_as_json(result))
     return result
 
 
@@ -267,7 +303,11 @@ def _prepared(recipe: Recipe, note: Note) -> tuple[Found, Prepared]:
     note(f"finding the base {recipe.base.model}")
     found = find(recipe.base, recipe.data)
     if recipe.push is not None:
-        require_hub_id(found.name)  # it would be missed only when all is trained
+        try:
+            require_hub_id(found.name)  # it would be missed only when all is trained
+        except LoRAMismatchError as error:
+            error.remedy = "Give base.id (--base-id), the base's id on the Hub."
+            raise
     note("reading and tokenising the data")
     return found, prepare(recipe.data, found.tokenizer, found.config, seq2seq=found.task == "seq2seq")
 
@@ -302,14 +342,23 @@ def _arguments(recipe: Recipe, folder: Path, *, evaluates: bool, resumed: bool =
             value=recipe.training.get("eval_strategy"),
             remedy="Give data.eval or data.eval_fraction, or leave eval_strategy and eval_on_start out.",
         )
-    try:
+    with _refused("TrainingArguments", recipe):
         arguments = TrainingArguments(**given)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise RecipeError(
-            f"training: TrainingArguments refuses this: {error}", name="training", value=dict(recipe.training)
-        ) from error
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments
+
+
+@contextlib.contextmanager
+def _refused(who: str, recipe: Recipe) -> Iterator[None]:
+    """Values that only transformers judges, and what it lacks for them."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        if isinstance(error, LoRAError):
+            raise
+        raise RecipeError(
+            f"training: {who} refuses this: {error}", name="training", value=dict(recipe.training)
+        ) from error
 
 
 def _progress(step: Step, interrupted: Any) -> Any:
@@ -407,9 +456,8 @@ def _write_card(folder: RunFolder, found: Found, model: Any, run: RunFacts) -> b
     return True
 
 
-def _push(recipe: Recipe, folder: RunFolder, found: Found, run: RunFacts) -> str:
+def _push(recipe: Recipe, folder: RunFolder, base: str, run: RunFacts | None) -> str:
     from ..adapter import LoRAAdapter
-    from ..errors import LoRAError
 
     push = recipe.push
     assert push is not None
@@ -422,12 +470,12 @@ def _push(recipe: Recipe, folder: RunFolder, found: Found, run: RunFacts) -> str
             subfolder=push.subfolder,
             commit_message=push.message,
             card=card if card.is_file() else None,
-            base_model=hub_id(found.name),
+            base_model=hub_id(base),
             run=run,
         )
     except LoRAError as error:
-        again = shlex.join(["hf-lora", "push", str(folder.path), push.repo])
-        error.remedy = f"{error.remedy or ''} The trained adapter is in {folder.path}; `{again}` pushes it.".strip()
+        again = f"The trained adapter is in {folder.path}; the same recipe again, without --fresh, only pushes it."
+        error.remedy = f"{error.remedy or ''} {again}".strip()
         raise
     return str(getattr(commit, "commit_url", commit))
 

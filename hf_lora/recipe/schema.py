@@ -525,9 +525,9 @@ def _anchor(content: dict[str, Any], folder: Path) -> None:
         for name in ("train", "eval"):
             source = data.get(name)
             if isinstance(source, str) and Path(source).suffix.lower() in FORMATS:
-                data[name] = os.path.normpath(folder / source)
+                data[name] = os.path.normpath(folder / Path(source).expanduser())
             elif isinstance(source, dict) and isinstance(source.get("file"), str):
-                source["file"] = os.path.normpath(folder / source["file"])
+                source["file"] = os.path.normpath(folder / Path(source["file"]).expanduser())
     if isinstance(base, dict) and isinstance(base.get("model"), str) and base["model"].startswith((".", "~")):
         base["model"] = os.path.normpath(folder / Path(base["model"]).expanduser())
 
@@ -561,6 +561,8 @@ def _checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
         value = given.get(name)
         if value is not None and not (value >= least if inclusive else value > least):
             raise wrong(f"training.{name}", value, f"{'at least' if inclusive else 'more than'} {least}")
-    if given.get("max_steps") == 0:
-        raise wrong("training.max_steps", 0, "at least 1", "Leave it out to train by epochs.")
-    return {name: _plain(value) for name, value in given.items()}
+    steps = given.get("max_steps", -1)
+    if steps == 0 or steps < -1:
+        raise wrong("training.max_steps", steps, "at least 1", "Leave it out to train by epochs.")
+    # max_steps: -1 is "by epochs", the default: as if it was not said.
+    return {name: _plain(value) for name, value in given.items() if (name, value) != ("max_steps", -1)}
