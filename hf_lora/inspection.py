@@ -190,7 +190,7 @@ def inspect(
     except LoRAError as error:
         problem = Problem(type(error).__name__, error.message, error.remedy, error.facts)
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if not config and weights is None:
+    if not config and (weights is None or weights.name not in (store.WEIGHTS_NAME, store.PICKLE_NAME)):
         assert problem is not None
         raise LoRAFileError(
             f"{os.fspath(source)!r} holds no adapter: {problem.message}",

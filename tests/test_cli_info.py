@@ -330,7 +330,10 @@ def test_where_there_is_nothing_to_say(tmp_path: Path, adapter: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "both").mkdir()
     (tmp_path / "both/adapter_config.json").write_text("no json")
+    (tmp_path / "model").mkdir()  # of its own, as of a merge
+    save_file({"w": torch.ones(3)}, tmp_path / "model/model.safetensors")
     for arguments, says in [
+        ((tmp_path / "model",), "holds no adapter"),
         ((tmp_path / "empty",), "holds no adapter"),
         ((tmp_path / "both",), "holds no adapter"),
         ((tmp_path / "file",), "is a file"),

@@ -810,6 +810,35 @@ def test_several_processes_are_refused(recipe: dict[str, Any], monkeypatch: pyte
         check(Recipe.from_dict(recipe))
 
 
+# ---- the recipes of the repository -----------------------------------------------------------------------------------
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize("name", ["e2e", "sst2"])
+def test_a_recipe_of_the_repository_fits_its_data(name: str, tiny: Any, tmp_path: Path, shared: Path) -> None:
+    """With a tiny base in place of its own, and the files as their publishers have them."""
+    as_it_is = Recipe.load(RECIPES / f"{name}.yaml").data
+    assert as_it_is.eval is not None
+    assert all(Path(str(source.file)).is_relative_to(RECIPES / "data") for source in (as_it_is.train, as_it_is.eval))
+    if name == "e2e":
+        model, files = "llama", [shared / "data" / "e2e" / Path(str(as_it_is.eval.file)).name] * 2
+        examples = 64
+    else:
+        model, files = "bert", [tmp_path / "dev.tsv"] * 2
+        lines = (shared / "data" / "sst2" / "stsa.binary.dev").read_text().splitlines()
+        files[0].write_text("\n".join(["label\tsentence", *(line.replace(" ", "\t", 1) for line in lines)]) + "\n")
+        examples = 872
+    changes = {"base.model": str(save_base(tiny(model), tmp_path / "base", chat=True)), "data.max_length": 64}
+    changes |= {"data.train": str(files[0]), "data.eval": str(files[1])}
+    plan = check(
+        Recipe.load(RECIPES / f"{name}.yaml", {tuple(key.split(".")): (value, "") for key, value in changes.items()})
+    )
+    assert plan.eval is not None
+    assert plan.eval.examples == examples
+    assert plan.labels == (("negative", "positive") if name == "sst2" else None)
+
+
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
