@@ -232,8 +232,11 @@ def _merge(
             now = now if isinstance(now, list) else [] if now is None else [now]
             old, new = old or [], new or []
             merged = [x for x in now if x not in old or x in new]
-            names = {x.get("name") for x in merged if isinstance(x, dict)}
             fresh = [x for x in new if x not in old and x not in merged]
+            ours = [x.get("name") for x in fresh if isinstance(x, dict)]
+            # stock Trainer writes an entry of the model's name without results
+            merged = [x for x in merged if not (isinstance(x, dict) and x.get("name") in ours and not x.get("results"))]
+            names = {x.get("name") for x in merged if isinstance(x, dict)}
             merged += [x for x in fresh if not (isinstance(x, dict) and x.get("name") in names)]
             if merged != now:
                 front.set(key, merged or None)

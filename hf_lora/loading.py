@@ -54,6 +54,13 @@ def read_source(source: PathLike, *, allow_pickle: bool = False, **options: Any)
     options = {key: value for key, value in options.items() if value is not None}
     folder = Path(source)
     if folder.is_dir():
+        if "revision" in options:
+            raise LoRAFileError(
+                f"{os.fspath(source)!r} is a folder here, and a folder has no revision {options['revision']!r}.",
+                name="revision",
+                value=options["revision"],
+                remedy="Leave revision out; to load the repo of that name, pass LoRAAdapter.pull(...).",
+            )
         return store.read_adapter(folder / options.get("subfolder", ""), allow_pickle=allow_pickle)
     if folder.exists():
         raise LoRAFileError(
@@ -104,7 +111,7 @@ def load_lora(
         folder = Path(source)
         called = folder.resolve().name if folder.is_dir() else os.fspath(source)
         if options.get("subfolder"):
-            called = f"{called}/{options['subfolder']}"
+            called = f"{called}/{options['subfolder'].strip('/')}"
     name = called if name is None else name
     if not force:
         _require_same_base(model, value)

@@ -252,6 +252,26 @@ def test_what_was_taken_out_by_hand_stays_out():
     assert said["pipeline_tag"] == "summarization"
 
 
+def test_an_entry_without_results_as_trainer_writes_it_gets_ours():
+    stock = "---\nmodel-index:\n- name: task\n  results: []\n---\nx\n"
+    text = card.update(stock, adapter(), run=run(), repo_id="me/task")
+    (entry,) = data(text)["model-index"]
+    assert [metric["type"] for metric in entry["results"][0]["metrics"]] == ["loss", "accuracy"]
+    assert card.update(text, adapter(), run=run(), repo_id="me/task") == text
+    theirs = "results:\n  - task: {type: x}\n    metrics:\n    - {type: f1, value: 1}\n    dataset: {type: y, name: y}"
+    own = stock.replace("results: []", theirs)
+    text = card.update(own, adapter(), run=run(), repo_id="me/task")
+    assert theirs in text
+    assert len(data(text)["model-index"]) == 1
+    other = stock.replace("name: task", "name: else")
+    assert [
+        entry["name"]
+        for entry in yaml.safe_load(card.update(other, adapter(), run=run(), repo_id="me/task").split("---")[1])[
+            "model-index"
+        ]
+    ] == ["else", "task"]
+
+
 def test_the_library():
     stock = "---\nlibrary_name: transformers\n---\n# x\n"
     assert data(card.update(stock, adapter()))["library_name"] == "peft"

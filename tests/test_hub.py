@@ -233,6 +233,23 @@ def test_a_folder_stays_inside_the_repo(hub, trained, subfolder):
     assert not hub.requests
 
 
+def test_a_folders_name_is_the_same_with_slashes_around_it(hub, trained, tiny):
+    trained().push_adapter_to_hub("me/many", subfolder="/one/")
+    assert tiny("llama").load_lora("me/many", subfolder="/one/") == "me/many/one"
+
+
+def test_a_revision_of_a_folder_is_refused(hub, trained, tiny, tmp_path, monkeypatch):
+    """It would be the folder's adapter and not that of the repo's branch."""
+    monkeypatch.chdir(tmp_path)
+    trained(0).push_adapter_to_hub("me/task", revision="v2")
+    trained(1).save_lora("me/task")
+    fresh = tiny("llama")
+    for load in (LoRAAdapter.load, fresh.load_lora):
+        with pytest.raises(LoRAFileError, match="is a folder here, and a folder has no revision 'v2'"):
+            load("me/task", revision="v2")
+    fresh.load_lora(LoRAAdapter.pull("me/task", revision="v2"))
+
+
 def test_the_owners_words_survive_a_second_push(hub, trained):
     trained(0).push_adapter_to_hub("me/task")
     readme = hub.files("me/task")["README.md"].decode()

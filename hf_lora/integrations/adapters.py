@@ -98,6 +98,8 @@ def _load_adapter(
     name = "default" if adapter_name is None else adapter_name
     if peft_model_id is not None:
         options, allow_pickle = _options(load_config, adapter_kwargs, local_files_only, kwargs)
+        if os.path.isdir(peft_model_id):
+            options.pop("revision", None)  # as stock: it may be meant for the base
         try:
             value = loading.read_source(peft_model_id, allow_pickle=allow_pickle, **options)
         except LoRAFileError as error:
