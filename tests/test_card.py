@@ -444,6 +444,71 @@ def plain(item: Any) -> Any:
     return clean(item) if isinstance(item, str) else [clean(x) for x in item] if isinstance(item, list) else item
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain words, 1.5 (x)", "plain words, 1.5 (x)"),
+        ("a_b", "a&#95;b"),
+        ("a|b*c`d", "a&#124;b&#42;c&#96;d"),
+        ("<b>&amp;", "&#60;b&#62;&#38;amp;"),
+        ("http://x", "http&#58;//x"),
+        ("- item", "&#45; item"),
+        ("=====", "&#61;===="),
+        ("a -- b", "a -&#45; b"),
+        ("1. one", "1&#46; one"),
+        ("2) two", "2&#41; two"),
+        ("3.", "3&#46;"),
+        ("a\n\u2028\x00b\ud800", "a b"),
+        ("x" * 301, "x" * 299 + "…"),
+    ],
+)
+def test_an_escaped_text_reads_as_it_is(text, shown):
+    assert cardtext.escape(text) == shown
+
+
+def test_a_scalar_of_the_metadata_follows_the_adapter_unless_somebody_set_it():
+    def updated(text: str | None, task: str, **options: Any) -> str:
+        return card.update(text, adapter(task_type=task), repo_id="me/task", **options)
+
+    first = updated(None, "CAUSAL_LM")
+    assert data(updated(first, "SEQ_CLS"))["pipeline_tag"] == "text-classification"  # ours follows
+    line = "pipeline_tag: text-generation\n"
+    assert line in first
+    assert "pipeline_tag" not in data(updated(first.replace(line, ""), "SEQ_CLS"))  # taken out: it stays out
+    assert data(updated(first.replace(line, "pipeline_tag: mine\n"), "SEQ_CLS"))["pipeline_tag"] == "mine"
+    # in the user's own card it is the user's, even if it says what ours said
+    words = f"---\n{line}---\nwords\n"
+    assert data(updated(first, "SEQ_CLS", words=words))["pipeline_tag"] == "text-generation"
+    # adapters of two tasks in one repo have no task in common; with one of them it comes back
+    several = updated(updated(None, "CAUSAL_LM", subfolder="a"), "SEQ_CLS", subfolder="b")
+    assert "pipeline_tag" not in data(several)
+    # a list that ends up empty is taken out
+    trained = card.update("---\nlicense: mit\n---\nx\n", adapter(), run=run(), repo_id="me/task")
+    assert "datasets:" in trained
+    assert "datasets:" not in card.update(trained, adapter(), run=run(datasets=()), repo_id="me/task")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "tags: &a [one]\nother: *a\n",  # the anchor goes with the text that is replaced
+        "tags: &a [one]\nother: {x: *a}\nwhen: 2024-01-02\n",
+        "d: &d {license: mit}\n<<: *d\n",
+        "{license: mit, tags: [one]}\n",
+        "about: |\n  one\n  # two\n\n  three\ntags: [one]\n# the end\n",
+    ],
+)
+def test_metadata_that_cannot_be_changed_line_by_line_keeps_its_values(front):
+    before = yaml.safe_load(front)
+    text = card.update(f"---\n{front}---\nwords\n", adapter(), repo_id="me/task")
+    after = yaml.safe_load(re.match(r"---\n([\S\s]*?)\n---\n", text)[1])
+    assert {key: after[key] for key in before if key != "tags"} == {k: v for k, v in before.items() if k != "tags"}
+    assert after["tags"] == [*before.get("tags", []), "lora", "hf_lora", "text-generation"]
+    assert after["base_model"] == BASE
+    assert ("# the end\n" in text) == ("# the end\n" in front)
+    assert card.update(text, adapter(), repo_id="me/task") == text
+
+
 def test_a_path_of_this_machine_is_not_shown():
     facts = run(
         settings={"output_dir": "/home/me/out", "home": "~/x", "drive": "C:\\x", "lr": 1}, datasets=("/data/x", "./y")

@@ -684,6 +684,39 @@ def test_a_token_in_what_the_hub_says_is_not_repeated(hub, trained):
         assert "hf_…" in str(caught.value)
 
 
+LIKE_A_TOKEN = "hf_" + "aB3" * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "shown"),
+    [
+        ("token my-secret-token.", ("my-secret-token",), "token hf_…."),  # a hub of one's own: of any form
+        ("my-secret-tokens, xmy-secret-token", ("my-secret-token",), "my-secret-tokens, xmy-secret-token"),
+        ("ab abc", ("ab", "abc"), "hf_… hf_…"),
+        (f"of somebody else: {LIKE_A_TOKEN}", (), "of somebody else: hf_…"),
+        ("an old one: api_org_aB3aB3aB3", (), "an old one: hf_…"),
+        ("Authorization: Bearer abc.def", (), "Authorization: Bearer hf_…"),
+        ("hf_lora, hf_hub_download", (), "hf_lora, hf_hub_download"),
+    ],
+)
+def test_a_text_without_its_tokens(text, tokens, shown):
+    assert hub_errors.redacted(text, tokens) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "found"),
+    [
+        (f"x={LIKE_A_TOKEN};", (), True),
+        ("api_org_" + "aB3" * 8, (), True),
+        ("x my-secret-token", ("my-secret-token",), True),
+        ("the word me", ("me",), False),  # too short to be one: it may be a word
+        ("hf_lora, hf_xxxxxxxx", (), False),
+    ],
+)
+def test_a_text_with_a_token(text, tokens, found):
+    assert hub_errors.token_in(text, tokens) is found
+
+
 # ---- what goes wrong with a push -------------------------------------------------------------------------------------
 
 
