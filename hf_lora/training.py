@@ -153,7 +153,7 @@ class LoRACallback(TrainerCallback, Reports):
         self._measured: tuple[float, float] | None = None  # gradient norms of the adapters and of all, as clipped
         self._each_step = bool(others) or not (args.max_grad_norm or 0) > 0
         self._resumed = state.global_step > 0
-        self._check_end(args, model)
+        self._check_end(args, state, model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where more than adapters trains: measure gradients, which are gone by the time of the log."""
@@ -228,9 +228,15 @@ class LoRACallback(TrainerCallback, Reports):
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def _check_end(self, args: Any, model: nn.Module) -> None:
+    def _check_end(self, args: Any, state: Any, model: nn.Module) -> None:
         if not (self.merge_at_end or self.push_best):
             return
+        if state.is_hyper_param_search:
+            raise LoRAUnsupportedError(
+                "LoRACallback: in a hyperparameter search every trial would be merged and pushed, and the last stay.",
+                name="merge_at_end" if self.merge_at_end else "push_best",
+                remedy="Search without merge_at_end and push_best, then train with what was found.",
+            )
         if is_sharded(model) or _distributed_type() in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise LoRAUnsupportedError(
                 "LoRACallback: merge_at_end and push_best need the whole model in one process.",

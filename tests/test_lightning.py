@@ -58,8 +58,9 @@ class Alone(Whole):
         return name in {n for n, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def fit(module: Any, folder: Path, epochs: int, **options: Any) -> Any:
+def fit(module: Any, folder: Path, epochs: int, trainer: Any = None, **options: Any) -> Any:
     trainer = lightning.Trainer(
+        **(trainer or {}),
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
@@ -106,6 +107,15 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny: Any, tmp_path: Path) -
     for other in ({"target_modules": ["q", "v", "k"]}, {"target_modules": ["q"]}, {"r": 2}):
         with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key|size mismatch"):
             fit(Alone(with_lora(tiny, **other)), tmp_path, 2, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16-mixed"])
+def test_factors_stay_float32_on_a_bfloat16_base(tiny: Any, tmp_path: Path, precision: Any) -> None:
+    model = tiny("llama", dtype=torch.bfloat16)
+    model.add_lora(LoRAConfig(r=2, target_modules=["q"]))
+    fit(Whole(model), tmp_path, 1, trainer={"precision": precision})
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_the_adapter_of_a_lightning_run_saves_and_loads_as_any(tiny: Any, tmp_path: Path) -> None:

@@ -314,6 +314,17 @@ def test_merging_a_tied_weight_is_refused_before_the_first_step(tiny: Any, tmp_p
     assert run.state.global_step == 0
 
 
+@pytest.mark.parametrize("end", [{"push_best": "me/task"}, {"merge_at_end": "merged"}], ids=str)
+def test_a_search_would_leave_its_last_trial_and_is_refused(tiny: Any, tmp_path: Path, end: dict[str, Any]) -> None:
+    """`Trainer.hyperparameter_search` needs a backend, which is not installed; its trials say so in the state."""
+    from transformers import TrainerControl, TrainerState
+
+    callback, run = LoRACallback(**end), trainer(with_lora(tiny), tmp_path)
+    callback.on_train_begin(run.args, TrainerState(), TrainerControl(), model=run.model)
+    with pytest.raises(LoRAUnsupportedError, match="hyperparameter search"):
+        callback.on_train_begin(run.args, TrainerState(is_hyper_param_search=True), TrainerControl(), model=run.model)
+
+
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 

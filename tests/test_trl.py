@@ -237,6 +237,27 @@ def test_dpo_equals_dpo_with_a_real_second_copy_step_by_step(tiny: Any, tmp_path
     assert ours["rewards/margins"] == theirs["rewards/margins"]
 
 
+def test_kto_equals_kto_with_a_real_second_copy_and_holds_none(tiny: Any, tmp_path: Path) -> None:
+    import datasets
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [{"prompt": f"w{i}", "completion": f" w{i + 2} w{i + 3}", "label": i % 2 == 0} for i in range(3, 19)]
+    found = []
+    for reference in (None, tiny("llama")):
+        run = KTOTrainer(
+            model := with_lora(tiny),
+            reference,
+            args=KTOConfig(str(tmp_path), **FIXED),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer(),
+        )
+        run.train()
+        found.append((losses(run), bits(model)))
+        assert isinstance(run.ref_model, ReferenceModel) == (reference is None)
+    assert found[0] == found[1]
+    assert found[0][0][-1] != found[0][0][0]
+
+
 def test_dpo_holds_no_second_copy(tiny: Any, tmp_path: Path) -> None:
     model = with_lora(tiny)
     run = dpo(model, tmp_path)
@@ -365,11 +386,11 @@ def test_trl_has_the_functions_that_are_wrapped(name: str) -> None:
         assert f"{function}(" in inspect.getsource(module), f"{name} does not call {function} any more"
 
 
-def test_dpos_constructor_takes_what_is_given_to_it() -> None:
-    """If this fails, TRL changed DPOTrainer: its reference model for a LoRA needs another hook."""
-    from trl import DPOTrainer
-
-    names = list(inspect.signature(inspect.unwrap(DPOTrainer.__init__)).parameters)
+@pytest.mark.parametrize("name", integration._REFERENCED)
+def test_constructors_take_the_reference_that_is_given_to_them(name: str) -> None:
+    """If this fails, TRL changed its trainer: the reference model for a LoRA needs another hook."""
+    trainer = getattr(__import__(name, fromlist=["x"]), integration._REFERENCED[name])
+    names = list(inspect.signature(inspect.unwrap(trainer.__init__)).parameters)
     assert names[:3] == ["self", "model", "ref_model"]
     assert {"args", "peft_config"} <= set(names)
 

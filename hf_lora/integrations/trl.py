@@ -1,8 +1,8 @@
-"""TRL's trainers, given a model with our LoRA: the reference of DPO, the dropout, and a head that TRL would bypass.
+"""TRL's trainers, given a model with our LoRA: the reference of DPO and KTO, the dropout, a head that TRL would bypass.
 
-TRL knows PEFT's models by their class. For any other model its DPO loads a second copy of the base as reference, its
-`disable_dropout` leaves a LoRA's dropout on, and its fused output head multiplies by `lm_head.weight` itself, so that
-an adapter there would neither be applied nor trained. A `peft_config` as well would freeze ours. Each function is
+TRL knows PEFT's models by their class. For any other model its DPO and KTO load a second copy of the base as reference,
+its `disable_dropout` leaves a LoRA's dropout on, and its fused output head multiplies by `lm_head.weight` itself, so
+that an adapter there would neither be applied nor trained. A `peft_config` as well would freeze ours. Each function is
 called through for a model without our LoRA.
 """
 
@@ -36,6 +36,9 @@ _WRAPPED = {
     "trl.trainer.reward_trainer": (_PEFT, "disable_dropout_in_model"),
 }
 
+# Module -> the trainer that takes a reference model.
+_REFERENCED = {"trl.trainer.dpo_trainer": "DPOTrainer", "trl.trainer.kto_trainer": "KTOTrainer"}
+
 
 def install(registry: Registry) -> None:
     """Wrap them in each trainer's module once it is imported; none is imported here."""
@@ -55,12 +58,12 @@ def _wrap(registry: Registry, module: ModuleType) -> None:
             return _original(model, *args, **kwargs)
 
         registry.set(module, name, function)
-    if module.__name__ == "trl.trainer.dpo_trainer":
-        _give_reference(registry, module.DPOTrainer)
+    if module.__name__ in _REFERENCED:
+        _give_reference(registry, getattr(module, _REFERENCED[module.__name__]))
 
 
 def _give_reference(registry: Registry, trainer: Any) -> None:
-    """DPO without a `ref_model`: the reference is the same base, without its adapters."""
+    """DPO or KTO without a `ref_model`: the reference is the same base, without its adapters."""
     original = trainer.__init__
     signature = inspect.signature(original)
 
