@@ -135,14 +135,14 @@ def test_the_adapter_is_the_one_that_a_plain_trainer_trains(place: Path, tiny: A
 def test_flags_alone_are_enough(place: Path) -> None:
     result = run(
         *("train", "--base", "base", "--data", "data.csv", "--prompt", "{q}", "--completion", "{a}", "--r", "4"),
-        *("--targets", "q,v,down", "--out", "flagged", "--steps", "2", "--lr", "0.01", "--batch-size", "4"),
+        *("--targets", "q,v,down", "--out", "its folder", "--steps", "2", "--lr", "0.01", "--batch-size", "4"),
         *("--set", "training.logging_steps=1", "--set", "training.use_cpu=true", "--seed", "3"),
     )
     assert result.exit_code == 0, result.output
-    config = LoRAAdapter.load("flagged").config
+    config = LoRAAdapter.load("its folder").config
     assert (config.r, config.target_modules) == (4, ("down_proj", "q_proj", "v_proj"))
-    assert "hf-lora push flagged USER/NAME --base-model ORG/NAME" in said(result)
-    assert not (place / "flagged" / "README.md").exists(), "a card names the base, and this one has no id"
+    assert "hf-lora push 'its folder' USER/NAME --base-model ORG/NAME" in said(result)
+    assert not (place / "its folder" / "README.md").exists(), "a card names the base, and this one has no id"
 
 
 def test_flags_change_a_recipe(place: Path) -> None:
@@ -158,6 +158,14 @@ def test_epochs_by_a_flag_win_over_steps_in_the_recipe(place: Path) -> None:
     both = run("train", "task.yaml", "--epochs", "3", "--steps", "2")
     assert both.exit_code == 2
     assert "--steps and --epochs exclude each other" in said(both)
+
+
+def test_examples_to_evaluate_on_by_a_flag_win_over_a_fraction_in_the_recipe(place: Path) -> None:
+    plan = as_json(run("train", "task.yaml", "--eval", "data.csv", "--dry-run", "--json"))
+    assert (plan["train"]["examples"], plan["eval"]["examples"]) == (64, 64)
+    both = run("train", "task.yaml", "--eval", "data.csv", "--eval-fraction", "0.5")
+    assert both.exit_code == 2
+    assert "not together with eval" in said(both)
 
 
 def test_a_classifier(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

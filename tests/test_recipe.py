@@ -123,6 +123,11 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "a format": ('"{question}"', '"{question:>9}"', r"data\.prompt: .*nothing else"),
     "an open brace": ('"{question}"', '"{question"', r"data\.prompt: .*is no template"),
     "a column without braces": ('"{question}"', "question", r'data\.prompt: .*Write "\{question\}"'),
+    "a column without quotes": (
+        '"{question}"',
+        "{question}",
+        r'line 8: data\.prompt: .*not a string.*in quotes: "{column}"',
+    ),
     "two forms": (
         "  prompt:",
         '  text: "{a}"\n  prompt:',

@@ -168,6 +168,9 @@ def _changes(context: typer.Context, assignments: list[str]) -> dict[tuple[str, 
         if ("training", "max_steps") in found:
             raise typer.BadParameter("--steps and --epochs exclude each other.")
         found["training", "max_steps"] = (-1, "--epochs")  # steps win in TrainingArguments, and a flag over the recipe
+    for given, other in (("eval", "eval_fraction"), ("eval_fraction", "eval")):
+        if ("data", given) in found:
+            found.setdefault(("data", other), (None, f"--{given}"))  # instead of what the recipe says
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not all(key.split(".")):

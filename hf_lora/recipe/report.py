@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,7 @@ def show_result(console: Console, result: Result) -> None:
     console.print(table)
     if not result.pushed:
         missing = "" if result.card else " --base-model ORG/NAME"
-        following = f"Publish it: hf-lora push {result.out} USER/NAME{missing}"
+        following = f"Publish it: hf-lora push {shlex.quote(result.out)} USER/NAME{missing}"
         console.print(following, markup=False, highlight=False, soft_wrap=True)
 
 

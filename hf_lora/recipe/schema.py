@@ -81,6 +81,9 @@ _LEAST: tuple[tuple[str, float, bool], ...] = (
 )
 
 
+_IN_QUOTES = 'Put a text that begins with { or [ in quotes: "{column}".'
+
+
 class _Section:
     """Checks the type of every field by its annotation, and puts it into its normal form."""
 
@@ -89,7 +92,8 @@ class _Section:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value, hint = getattr(self, field.name), hints[field.name]
             if not shapes.fits(value, hint):
-                raise wrong(field.name, value, shapes.described(hint))
+                template = isinstance(value, (Mapping, list)) and shapes.fits("", hint)  # prompt: {question}
+                raise wrong(field.name, value, shapes.described(hint), _IN_QUOTES if template else None)
             object.__setattr__(self, field.name, shapes.normal(value, hint))
         self._check()
 
