@@ -19,7 +19,6 @@ from smallbase import save_base
 from test_cli import run, said
 
 from hf_lora import LoRAAdapter
-from hf_lora.errors import LoRAHubError
 from hf_lora.facts import RunFacts
 from hf_lora.recipe.folder import RECORD
 
@@ -289,30 +288,26 @@ def test_a_finished_run_without_its_adapter_is_not_finished(place: Path, trained
     assert (place / "out" / ADAPTER[1]).read_bytes() == expected
 
 
-def test_a_finished_run_is_pushed_when_that_is_asked_for(
-    place: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The push itself is tested over HTTP elsewhere; here, that it happens once, and what a failure leaves."""
-    pushes: list[tuple[str, Any]] = []
-
-    def push(adapter: Any, repo: str, **options: Any) -> str:
-        pushes.append((repo, options))
-        if len(pushes) == 1:
-            raise LoRAHubError("The Hub is away.", name=repo)
-        return "https://hub/commit/1"
-
-    monkeypatch.setattr(LoRAAdapter, "push", push)
+def test_a_run_whose_push_failed_is_only_pushed_by_the_same_command(hub: Any, place: Path, trained: Any) -> None:
     asked = ("train", "task.yaml", "--push", "me/task", "--set", "push.private=true", "--json")
+    hub.faults.status(503, "*/commit/*", times=None)
     failed = run(*asked)
     assert failed.exit_code == 2
     assert "the same recipe again, without --fresh, only pushes it" in as_json(failed)["error"]["remedy"]
+    hub.faults.clear()
+    stamp = (place / "out" / ADAPTER[1]).stat().st_mtime_ns
     found = as_json(run(*asked))
-    assert found == {**trained, "already_finished": True, "pushed": "https://hub/commit/1"}
-    assert as_json(run(*asked))["pushed"] == found["pushed"]
-    assert len(pushes) == 2
-    repo, options = pushes[1]
-    assert (repo, options["private"], options["base_model"]) == ("me/task", True, "org/tiny")
-    assert options["run"].steps == 6
+    (commit,) = hub.history("me/task")
+    assert found == {**trained, "already_finished": True, "pushed": found["pushed"]}
+    assert commit.oid in found["pushed"]
+    assert hub.repo("me/task").private
+    files = hub.files("me/task")
+    assert set(files) == {*ADAPTER, "README.md"}
+    assert files[ADAPTER[1]] == (place / "out" / ADAPTER[1]).read_bytes()
+    assert all(str(place.parent).encode() not in content for content in files.values())
+    assert as_json(run(*asked)) == found
+    assert len(hub.history("me/task")) == 1
+    assert (place / "out" / ADAPTER[1]).stat().st_mtime_ns == stamp
 
 
 def test_resuming_with_other_data_is_refused(place: Path, trained: Any) -> None:
