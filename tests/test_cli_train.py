@@ -52,6 +52,9 @@ def trained(place: Path, _kept: Path) -> Any:
     return json.loads((_kept / "printed.json").read_text())
 
 
+UNSAVED = ("--set", "training.save_strategy=no")  # a checkpoint takes longer than the steps before it
+
+
 def furnish(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> Path:
     save_base(model, folder / "base", chat=True)
     lines = [f"w{3 + i % 40} w{4 + i % 7},w{10 + i % 5}" for i in range(64)]
@@ -175,7 +178,7 @@ def test_a_classifier(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = run(
         *("train", "--base", "base", "--base-id", "org/bert", "--data", "d.json", "--text", "{a}", "--pair", "{b}"),
         *("--label", "y", "--eval-fraction", "0.3", "--out", "out", "--steps", "25", "--lr", "0.05", "--json"),
-        *("--targets", "q,v", "--set", "training.use_cpu=true"),
+        *("--targets", "q,v", "--set", "training.use_cpu=true", *UNSAVED),
     )
     assert result.exit_code == 0, result.output
     found = as_json(result)
@@ -189,7 +192,7 @@ def test_a_classifier(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_encoder_decoder(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tiny("t5"), tmp_path, monkeypatch)
-    result = run("train", "task.yaml", "--json")
+    result = run("train", "task.yaml", *UNSAVED, "--json")
     assert result.exit_code == 0, result.output
     assert LoRAAdapter.load("out").config.task_type == "SEQ_2_SEQ_LM"
     assert as_json(result)["loss_after"] < as_json(result)["loss_before"]
@@ -209,13 +212,21 @@ def test_a_long_example_is_said_to_be_cut(place: Path) -> None:
         file.write("w3 " * 30 + ",w4\n")
     result = run("train", "task.yaml", "--dry-run", "--max-length", "16", "--set", "data.eval_fraction=null")
     assert "1 (1.5%) are longer than max_length = 16 and were cut" in said(result)
-    result = run("train", "task.yaml", "--max-length", "16", "--set", "data.eval_fraction=null")
+    result = run("train", "task.yaml", "--max-length", "16", "--set", "data.eval_fraction=null", *UNSAVED)
     assert "1 (1.5%) are longer than max_length and were cut" in said(result)
 
 
 def test_a_dry_run_counts_the_steps_of_the_run_and_writes_nothing(place: Path) -> None:
     before = sorted(place.iterdir())
-    epochs = ("--set", "training.max_steps=-1", "--epochs", "1.5", "--set", "training.gradient_accumulation_steps=5")
+    epochs = (
+        "--set",
+        "training.max_steps=-1",
+        "--epochs",
+        "1.5",
+        "--set",
+        "training.gradient_accumulation_steps=5",
+        *UNSAVED,
+    )
     plan = as_json(run("train", "task.yaml", *epochs, "--dry-run", "--json"))
     assert sorted(place.iterdir()) == before
     assert plan["summary"]["adapters"][0]["targets"] == {"q": 2, "v": 2}
