@@ -240,7 +240,7 @@ def _merge(
             merged += [x for x in fresh if not (isinstance(x, dict) and x.get("name") in names)]
             if merged != now:
                 front.set(key, merged or None)
-        elif (now is None and old is None) or (now is not None and now == old):
+        elif now == old:
             front.set(key, new)
 
 
