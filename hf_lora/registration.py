@@ -36,8 +36,9 @@ def unregister() -> None:
 
 
 def _install(module: ModuleType) -> None:
-    if len(_REGISTRY):  # the other of the two was imported first
-        return
+    import transformers.modeling_utils  # noqa: F401  # calls this function again, where it was not imported yet
+
     from .mixin import install
 
-    install(_REGISTRY)
+    if not len(_REGISTRY):
+        install(_REGISTRY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -57,3 +58,17 @@ def test_a_module_that_another_thread_imports_already_is_waited_for(slow: Any, f
     assert seen == [True]
     importing.when_imported("lora_slow", lambda module: seen.append(module.ready))
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("first", ["transformers.models.auto.auto_factory", "transformers.trainer", "transformers"])
+def test_whatever_is_imported_first_each_method_is_wrapped_once(first: str) -> None:
+    code = (
+        f"import hf_lora, {first}\n"
+        "from transformers import PreTrainedModel, Trainer\n"
+        "for wrapped in (PreTrainedModel.save_pretrained, Trainer._load_best_model):\n"
+        "    assert wrapped.__code__.co_filename.startswith(hf_lora.__path__[0])\n"
+        "    assert not wrapped.__wrapped__.__code__.co_filename.startswith(hf_lora.__path__[0])\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr

@@ -50,6 +50,7 @@ def redirect(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | None)
     """
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
+    from transformers.utils import hub
 
     values: dict[str, Any] = {
         "ENDPOINT": url,
@@ -94,6 +95,8 @@ def redirect(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | None)
     if token is None:
         patch.delenv("HF_TOKEN")
     _http.close_session()
+    if hasattr(hub, "_hf_api"):  # transformers keeps the client that it made first, with the endpoint of that time
+        patch.setattr(hub, "_hf_api", None)
     return waits
 
 
