@@ -261,6 +261,17 @@ def test_a_push_that_fails_does_not_end_the_training(hub: Any, base: Any, tmp_pa
 # ---- the card --------------------------------------------------------------------------------------------------------
 
 
+def test_no_token_is_pushed(hub: Any, base: Any, tmp_path: Path) -> None:
+    run = trainer(model_with(("a",)), tmp_path / "run", hub_strategy="all_checkpoints", hub_token=hub.token)
+    run.train()
+    run.push_to_hub()
+    assert run.args.hub_token == hub.token
+    for commit in hub.history("me/run"):
+        files = hub.files("me/run", commit.oid)
+        assert "training_args.bin" in files  # as stock
+        assert not [name for name, data in files.items() if hub.token.encode() in data]
+
+
 def test_a_second_push_writes_the_same_kind_of_card(hub: Any, base: Any, tmp_path: Path) -> None:
     """Stock Trainer calls a method of PEFT's models as soon as the README says peft."""
     run = trainer(model_with(("org/task",)), tmp_path / "run", hub_strategy="end")
@@ -420,6 +431,7 @@ def test_trainer_has_the_methods_that_are_wrapped() -> None:
         'ignore_patterns=["_*"': "what it leaves out: our temporary files begin with _",
     }.items():
         assert part in push, f"{changed}._push_from_checkpoint: {why}"
+    assert "torch.save(self.args," in inspect.getsource(stock["_save"]), f"{changed}._save: where a token may stand"
     assert HubStrategy.END == "end"
     assert hasattr(Trainer, "_finish_current_push"), f"{changed}: waiting for a push"
     whole = inspect.getsource(stock["push_to_hub"])

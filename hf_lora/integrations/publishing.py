@@ -8,6 +8,7 @@ For a model without our LoRA every method is called through.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -83,7 +84,8 @@ def _push_from_checkpoint(stock: Method) -> Method:
                 return None  # as stock: this checkpoint is skipped
             self._finish_current_push()  # it reads the files that are about to be replaced
         _copy(own, Path(checkpoint_folder), Path(self.args.output_dir))
-        return stock(self, checkpoint_folder)
+        with _secret_token(self.args):  # it saves its arguments once more
+            return stock(self, checkpoint_folder)
 
     return push
 
@@ -108,6 +110,39 @@ def _push_to_hub(stock: Method) -> Method:
         return stock(self, *args, **kwargs)
 
     return push
+
+
+def _save(stock: Method) -> Method:
+    """training_args.bin, which Trainer pushes, holds the hub_token in clear."""
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if state_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)) is None:
+            return stock(self, *args, **kwargs)
+        with _secret_token(self.args):
+            return stock(self, *args, **kwargs)
+
+    return save
+
+
+class _Secret(str):
+    """A text that a pickle does not hold: it reads back as an empty one."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, ("",)
+
+
+@contextlib.contextmanager
+def _secret_token(arguments: Any) -> Iterator[None]:
+    """Within the block, what is saved of Trainer's arguments lacks the token that they are still used with."""
+    token = arguments.hub_token
+    if token is not None:
+        arguments.hub_token = _Secret(token)
+    try:
+        yield
+    finally:
+        arguments.hub_token = token
 
 
 # ---- the card --------------------------------------------------------------------------------------------------------
@@ -220,6 +255,7 @@ _WRAPPED: dict[str, tuple[str, dict[str, Callable[[Method], Method]]]] = {
         {
             "_push_from_checkpoint": _push_from_checkpoint,
             "push_to_hub": _push_to_hub,
+            "_save": _save,
             "create_model_card": _create_model_card,
         },
     ),
