@@ -108,7 +108,10 @@ class LoRAMixin:
         return name
 
     def save_lora(self: Any, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Write one adapter in PEFT's format, atomically; None takes the only (active) one. Returns the folder."""
+        """Write one adapter in PEFT's format, atomically; None takes the only (active) one. Returns the folder.
+
+        Of a model that is sharded over processes, every process must call this, and the first one writes.
+        """
         return loading.save_lora(self, directory, name)
 
     def push_adapter_to_hub(
@@ -202,13 +205,13 @@ class LoRAMixin:
         pretrained.detached(self)
 
     def lora_adapter(self: Any, name: str | None = None) -> LoRAAdapter:
-        """One adapter as a value, apart from the model (copies, on the CPU)."""
+        """One adapter as a value, apart from the model (copies, on the CPU); every process of a sharded one calls it."""
         from .adapter import LoRAAdapter
 
         return LoRAAdapter.of(loading.read_adapter_of(self, name).copy())
 
     def lora_state_dict(self: Any, name: str | None = None) -> dict[str, Tensor]:
-        """One adapter's tensors under PEFT's names (copies, on the CPU)."""
+        """One adapter's tensors under PEFT's names (copies, on the CPU); of a sharded model every process calls it."""
         return loading.lora_state_dict(self, name)
 
     def lora_summary(self: Any) -> Summary:

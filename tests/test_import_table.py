@@ -193,9 +193,10 @@ def test_all_is_what_is_there():
     assert sorted(set(hf_lora.__all__)) == sorted(hf_lora.__all__)
     there = {name: getattr(hf_lora, name) for name in dir(hf_lora)}
     hidden = {"TYPE_CHECKING", "Any", "importlib"}  # what the file itself imports
-    assert set(public()) == {
-        name for name, value in there.items() if not name.startswith("_") and not inspect.ismodule(value)
-    } - hidden
+    assert (
+        set(public())
+        == {name for name, value in there.items() if not name.startswith("_") and not inspect.ismodule(value)} - hidden
+    )
 
 
 def test_every_verb_has_a_docstring():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loras import bits, with_adapters
 
-from hf_lora import LoRAConfig, LoRAFileError, LoRAMismatchError
+from hf_lora import LoRAConfig, LoRAFileError, LoRAMismatchError, LoRAStateError
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: install hf_lora[test]")
 
@@ -144,6 +144,13 @@ def test_a_model_without_a_lora_trains_and_resumes_as_stock(tiny: Any, tmp_path:
     again = tiny("llama")
     trainer(again, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert bits(again) == bits(model)
+
+
+def test_a_model_on_which_nothing_trains_is_refused(tiny: Any, tmp_path: Path) -> None:
+    model = fresh(tiny, "plain")
+    model.train_lora([])
+    with pytest.raises(LoRAStateError, match=r"Nothing on this LlamaForCausalLM trains[\s\S]*train_lora\('"):
+        trainer(model, tmp_path).train()
 
 
 def test_trainer_has_the_private_methods_that_are_wrapped() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import LoRAFileError
+from ..errors import LoRAFileError, LoRAStateError
 from ..loading import load_checkpoint
-from ..model import state_of
+from ..model import require, state_of
 from .importing import when_imported
 from .patching import Registry
 from .resuming import Start, newest_whole, recover, require_whole, writing
@@ -73,6 +73,13 @@ def _train(stock: Method) -> Method:
         own = _base(self, self.model)
         if own is None:
             return stock(self, *args, **kwargs)
+        if not any(parameter.requires_grad for parameter in own.parameters()):
+            names = tuple(require(own).entries)
+            raise LoRAStateError(
+                f"Nothing on this {type(own).__name__} trains: its adapters {', '.join(map(repr, names))} are frozen.",
+                value=names,
+                remedy=f"Call train_lora({names[0]!r}) before making the Trainer, or load_lora(…, trainable=True).",
+            )
         if given.arguments.get("resume_from_checkpoint") is True:
             run = Path(self.args.output_dir)
             if self.args.should_save:
