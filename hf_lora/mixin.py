@@ -205,7 +205,7 @@ class LoRAMixin:
         pretrained.detached(self)
 
     def lora_adapter(self: Any, name: str | None = None) -> LoRAAdapter:
-        """One adapter as a value, apart from the model (copies, on the CPU); every process of a sharded one calls it."""
+        """One adapter as a value of its own (copies, on the CPU); of a sharded model every process calls it."""
         from .adapter import LoRAAdapter
 
         return LoRAAdapter.of(loading.read_adapter_of(self, name).copy())
