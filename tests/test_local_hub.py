@@ -491,8 +491,13 @@ def test_no_module_keeps_what_the_client_was_pointed_at_before(hub: Any) -> None
             old = isinstance(value, str) and (value == default or value.startswith((default + "/{", home)))
             if (old and not key.startswith("_HF_DEFAULT")) or (isinstance(value, HfApi) and value.endpoint != hub.url):
                 stale.append(f"{name}.{key}")
-    # The command `hf` runs in a child process; no test unpacks a repo's own code.
-    harmless = ("huggingface_hub.cli", "transformers.utils", "transformers.dynamic_module_utils")
+    # The commands `hf` and `accelerate` run in child processes; no test unpacks a repo's own code.
+    harmless = (
+        "accelerate.commands",
+        "huggingface_hub.cli",
+        "transformers.utils",
+        "transformers.dynamic_module_utils",
+    )
     assert [name for name in stale if not name.startswith(harmless)] == []
 
 

@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[type[LoRAError], str, Any]] = {
     "unmerge": (LoRAStateError, "No adapter is merged", lambda m: m.unmerge_lora()),
     "save which": (LoRANameError, "2 adapters", lambda m: (m.set_lora(None), m.save_lora("/nowhere"))),
     "no folder": (LoRAFileError, "/no/such/folder", lambda m: m.load_lora("/no/such/folder")),
-    "no repo": (LoRAFileError, "neither a folder here nor in the cache", lambda m: m.load_lora("some/repo")),
+    "no repo": (LoRAFileError, "neither a folder here nor whole in the cache", lambda m: m.load_lora("some/repo")),
     "remove": (LoRANameError, "No adapter 'c'", lambda m: m.remove_lora("c")),
     "eva": (
         LoRAUnsupportedError,
