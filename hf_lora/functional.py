@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "add_grouped_low_rank",
+    "add_low_rank",
     "embed_low_rank",
     "grouped_low_rank",
     "grouped_low_rank_reference",
@@ -34,6 +36,18 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return F.linear(F.linear(x, A), B)
 
 
+def add_low_rank(output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """`output` + scale · (x A^T) B, as two products of which the second adds.
+
+    Args:
+        output: (..., out). x: (..., in).
+        A: (R, in). B: (R, out). All of one dtype.
+        scale: a number.
+    """
+    h = F.linear(x, A).view(-1, A.shape[0])
+    return torch.addmm(output.reshape(-1, B.shape[1]), h, B, alpha=scale).view(output.shape)
+
+
 def embed_low_rank(ids: Tensor, A: Tensor, B: Tensor, padding_idx: int | None = None) -> Tensor:
     """Rows of ΔW^T for the tokens: A^T[ids] B^T.
 
@@ -53,19 +67,33 @@ def grouped_low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     Args:
         x: (N, ..., in).
-        A: (N, R, in). B: (N, out, R), scaled; ranks below R are padded with zeros, a row without adapter is all zero.
+        A: (N, R, in). B: (N, R, out), scaled; ranks below R are padded with zeros, a row without adapter is all zero.
 
     Returns:
         (N, ..., out).
     """
     flat = x.reshape(x.shape[0], -1, x.shape[-1])  # (N, T, in)
     h = torch.bmm(flat, A.transpose(1, 2))  # (N, T, R)
-    return torch.bmm(h, B.transpose(1, 2)).reshape(*x.shape[:-1], B.shape[1])
+    return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[2])
+
+
+def add_grouped_low_rank(output: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`output` + each row of the batch through its own pair, as two batched products of which the second adds.
+
+    Args:
+        output: (N, ..., out). x: (N, ..., in).
+        A: (N, R, in). B: (N, R, out), scaled; ranks below R are padded with zeros. All of one dtype.
+    """
+    if x.dim() == 3:
+        return torch.baddbmm(output, torch.bmm(x, A.transpose(1, 2)), B)
+    n = x.shape[0]
+    h = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))  # (N, T, R)
+    return torch.baddbmm(output.reshape(n, -1, B.shape[2]), h, B).view(output.shape)
 
 
 def grouped_low_rank_reference(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """What `grouped_low_rank` computes, one row at a time."""
-    return torch.stack([low_rank(row, a, b) for row, a, b in zip(x, A, B, strict=True)])
+    return torch.stack([low_rank(row, a, b.T) for row, a, b in zip(x, A, B, strict=True)])
 
 
 def place_blocks(compact: Tensor, rows: Tensor, columns: Tensor, out_features: int, rank: int) -> Tensor:

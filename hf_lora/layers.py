@@ -56,7 +56,8 @@ class LoRALinear(Swapped):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002  # nn.Linear's own name
         """super().forward(x) + delta(x), (..., in) → (..., out)."""
-        return self.lora_slots.add(input, super().forward(input, *args, **kwargs), self)
+        slots: Any = self._modules["lora_slots"]  # nn.Module's own attribute look-up takes longer
+        return slots.add(input, super().forward(input, *args, **kwargs), self)
 
 
 class LoRAEmbedding(LoRALinear):

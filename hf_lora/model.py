@@ -571,6 +571,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
 def _forget(model: nn.Module, state: LoRAState, entry: Entry) -> None:
     entry.alive = False
+    state.removals += 1
     left = tuple((e, w) for e, w in state.default.mixture if e is not entry)
     if len(left) != len(state.default.mixture):
         state.default = Active(left) if left else NOTHING

@@ -57,22 +57,33 @@ class Entry:
         return self
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Active:
     """What is active: a mixture of adapters for all rows, or one adapter (or none) for each row of the batch."""
 
     mixture: tuple[tuple[Entry, float], ...] = ()
     rows: tuple[Entry | None, ...] | None = None
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # gathered factors of this route, per layer
+    entries: tuple[Entry, ...] = field(init=False, repr=False)  # every adapter named, once, in the order of first use
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what the call chain made of it, as tensors
+    plans: tuple[dict[Any, Any], dict[Any, Any]] = field(init=False, repr=False)  # of a route, by layer
 
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """Every adapter named, once, in the order of first use."""
+    def __post_init__(self) -> None:
         named = (e for e, _ in self.mixture) if self.rows is None else (e for e in self.rows if e is not None)
-        return tuple(dict.fromkeys(named))
+        self.entries = tuple(dict.fromkeys(named))
+        # A tensor made under inference_mode cannot take part in autograd later: each mode has its own.
+        self.plans = ({}, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mixture": self.mixture, "rows": self.rows, "cache": {}}
+        return {"mixture": self.mixture, "rows": self.rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # what was gathered stays with the model that it was gathered for
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors that were gathered for a route."""
+        plans = [plan for held in self.plans for plan in held.values()]
+        return sum(plan.nbytes for plan in plans)
 
 
 NOTHING = Active()
@@ -85,6 +96,7 @@ class LoRAState:
         self.entries: dict[str, Entry] = {}
         self.default: Active = NOTHING
         self.width = 1  # the widest mixture so far
+        self.removals = 0  # adapters taken off so far: what was checked before is checked again after one
         self.merged: Any = None  # the merge's record while the weights hold ΔW
         self.facts: dict[str, Any] = {}  # what other rooms keep of this model (what trained before, say)
         self.traced: tuple[Tensor, Tensor] | None = None  # while tracing: what a checkpointed region was entered with

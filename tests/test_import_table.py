@@ -38,7 +38,8 @@ TABLE: dict[str, str] = {
     # layers
     "weights": "errors sharding",
     "variants": "errors functional weights",
-    "slots": "errors functional routing state variants weights",
+    "banks": "functional state",
+    "slots": "banks functional routing state variants",
     "layers": "errors functional routing slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",

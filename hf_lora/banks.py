@@ -1,0 +1,203 @@
+"""What the adapters hold of one layer: frozen ones in banks, trainable ones as Parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .state import LoRAState
+
+__all__ = ["LoRABanks", "Slot", "block_index"]
+
+
+@dataclass
+class Slot:
+    """What one adapter is on one layer."""
+
+    rank: int = 0  # R; 0 where the adapter only trains the layer's bias
+    alpha: float = 1.0
+    scaling: float = 1.0
+    dropout: float = 0.0
+    trainable: bool = False
+    variant: str = "plain"
+    blocks: tuple[Any, ...] = ()  # the fused layer's (role, rows) that the pair is made of; () for the whole layer
+    bias: bool = False
+
+
+class LoRABanks(nn.Module):
+    """The adapters of one layer, by slot.
+
+    A trainable adapter is a pair of Parameters `A<slot>` (R, in) and `B<slot>` (out, R), in float32. Frozen ones stand
+    in two buffers, `bank_A` (rows, R_max, in) and `bank_B` (rows, R_max, out), padded with zeros to the largest rank, in
+    the layer's compute dtype, their scaling already in B. Slot s has row s + 1; row 0 is zero, for the rows of a batch
+    that have no adapter here. `places` (rows,) says which row a slot has: 0 for one that has no frozen factors here. A
+    trained bias is held, frozen, as its difference from the layer's own, in `bank_bias` (rows, out).
+    """
+
+    bank_A: Tensor
+    bank_B: Tensor
+    bank_bias: Tensor
+    places: Tensor
+
+    def __init__(
+        self,
+        state: LoRAState,
+        kind: str,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        row_map: str = "batch",
+    ) -> None:
+        super().__init__()
+        self.state, self.kind, self.row_map = state, kind, row_map
+        self.in_features, self.out_features = in_features, out_features
+        self.slots: dict[int, Slot] = {}
+        empty = torch.empty(0, device=device, dtype=dtype)
+        self._buffers.update(  # as register_buffer(persistent=False), which takes longer for hundreds of layers
+            bank_A=empty.view(0, 0, in_features),
+            bank_B=empty.view(0, 0, out_features),
+            bank_bias=empty.view(0, out_features),
+            places=torch.empty(0, device=device, dtype=torch.int64),
+        )
+        self._non_persistent_buffers_set.update(self._buffers)
+
+    # ---- putting and reading ----------------------------------------------------------------------------------------
+
+    def put_trainable(self, index: int, slot: Slot, A: Tensor | None, B: Tensor | None, bias: Tensor | None) -> None:
+        """Hold an adapter as Parameters. A: (R, in). B: (out, R), or compact (rows, r) where the slot has blocks."""
+        self.remove(index)
+        device = self.bank_A.device
+        for name, tensor in ((f"A{index}", A), (f"B{index}", B), (f"bias{index}", bias)):
+            if tensor is not None:
+                parameter = nn.Parameter(tensor.detach().clone().to(device))
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
+                self.register_parameter(name, parameter)
+        if slot.blocks:
+            rows, columns = block_index(slot.blocks, slot.rank)
+            self.register_buffer(f"rows{index}", rows.to(device), persistent=False)
+            self.register_buffer(f"columns{index}", columns.to(device), persistent=False)
+        self.slots[index] = slot
+
+    def put_frozen(self, index: int, slot: Slot, A: Tensor | None, B: Tensor | None, bias: Tensor | None) -> None:
+        """Write an adapter into the banks, cast once. A: (R, in). B: (out, R), unscaled, dense. bias: b' − b (out,)."""
+        self.remove(index)
+        row = index + 1
+        if A is not None and B is not None:
+            self.reserve(row + 1, slot.rank)
+            own_A, own_B = self._buffers["bank_A"][row], self._buffers["bank_B"][row]  # type: ignore[index]
+            if slot.rank < own_A.shape[0]:
+                own_A[slot.rank :].zero_()
+                own_B[slot.rank :].zero_()
+                own_A, own_B = own_A[: slot.rank], own_B[: slot.rank]
+            own_A.copy_(A)
+            own_B.copy_(B.T if slot.scaling == 1 else _wide(B.to(own_B.device)).T * slot.scaling)
+            self._buffers["places"][index] = row  # type: ignore[index]
+        if bias is not None:
+            if row >= self.bank_bias.shape[0]:
+                self.bank_bias = _grown(self.bank_bias, (_capacity(row + 1), self.out_features))
+            self.bank_bias[row].copy_(bias)
+        self.slots[index] = slot
+
+    def reserve(self, rows: int, rank: int) -> None:
+        """Let the banks hold so many rows (slots + 1) of this rank.
+
+        The number of rows doubles, so that loading n adapters copies O(n), and a compiled graph sees few new shapes.
+        """
+        have, widest = self._buffers["bank_A"].shape[:2]  # type: ignore[union-attr]
+        if rows <= have and rank <= widest:
+            return
+        size, widest = have if rows <= have else _capacity(rows), max(widest, rank)
+        # Another thread may be reading them one after the other; it takes the rank that both have.
+        self.bank_A = _grown(self.bank_A, (size, widest, self.in_features))
+        self.bank_B = _grown(self.bank_B, (size, widest, self.out_features))
+        self.places = _grown(self.places, (size,))
+
+    def remove(self, index: int) -> None:
+        """Forget an adapter; nobody reads its row of the banks until another is written there."""
+        slot = self.slots.pop(index, None)
+        if slot is None:
+            return
+        for name in (f"A{index}", f"B{index}", f"bias{index}"):
+            self._parameters.pop(name, None)
+        for name in (f"rows{index}", f"columns{index}"):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        if not slot.trainable:
+            if slot.rank:
+                self.places[index] = 0
+            if slot.bias:
+                self.bank_bias[index + 1].zero_()
+
+    def frozen(self, index: int) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""
+        rank = self.slots[index].rank
+        A, B = self._buffers["bank_A"][index + 1], self._buffers["bank_B"][index + 1]  # type: ignore[index]
+        return (A, B) if A.shape[0] == rank == B.shape[0] else (A[:rank], B[:rank])
+
+    def dense(
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """A (R, in) and the dense, unscaled B (out, R) of a trainable adapter; None without factors.
+
+        Args:
+            of: what to take for a Parameter, given its name here and itself.
+        """
+        slot = self.slots[index]
+        if not slot.rank:
+            return None
+        A, B = (of(key, self.get_parameter(key)) for key in (f"A{index}", f"B{index}"))
+        if slot.blocks:
+            rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
+            B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
+        return A, B
+
+    def factors(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R), dense and scaled, in `dtype`, of any adapter of this layer."""
+        slot = self.slots[index]
+        if not slot.trainable:
+            A, B = self.frozen(index)
+            return A.to(dtype), B.T.to(dtype)
+        pair = self.dense(index)
+        assert pair is not None
+        A, B = pair
+        return A.to(dtype), (B if slot.scaling == 1 else B * slot.scaling).to(dtype)
+
+    def bias_delta(self, index: int, bias: Tensor | None) -> Tensor:
+        """What the adapter changes the bias by, b' − b, (out,)."""
+        if not self.slots[index].trainable:
+            return self.bank_bias[index + 1]
+        trained = self.get_parameter(f"bias{index}")
+        return trained if bias is None else trained - bias.to(trained.dtype)
+
+
+def block_index(blocks: tuple[Any, ...], rank: int) -> tuple[Tensor, Tensor]:
+    """Rows (n, 1) and columns (n, r) in the dense B of the compact rows of a fused layer's blocks."""
+    r = rank // len(blocks)
+    rows, columns = [], []
+    for i, (_, ranges) in enumerate(blocks):
+        index = torch.cat([torch.arange(span.start, span.stop) for span in ranges])
+        rows.append(index.view(-1, 1))
+        columns.append(torch.arange(i * r, (i + 1) * r).expand(len(index), r))
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _capacity(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _grown(bank: Tensor, shape: tuple[int, ...]) -> Tensor:
+    grown = bank.new_zeros(shape)
+    if bank.numel():
+        grown[tuple(slice(0, n) for n in bank.shape)].copy_(bank)
+    return grown
