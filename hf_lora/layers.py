@@ -83,6 +83,11 @@ class LoRAHeads(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
         self.copies[str(index)] = copy
 
+    def _replicate_for_data_parallel(self) -> LoRAHeads:
+        replica: LoRAHeads = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.state = self.state.pinned()
+        return replica
+
     def run(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base head's `output`, or the active copies' instead of it, row by row where routed."""
         if torch.compiler.is_compiling():

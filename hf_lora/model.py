@@ -20,6 +20,7 @@ from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
 from .layerinfo import HELD
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .routing import batch_of
 from .sharding import assign, refuse_sharded, reshard, whole
 from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows
@@ -326,11 +327,9 @@ def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rows = None if state is None else state.current.rows
     if rows is None:
         return
-    main = getattr(model, "main_input_name", "input_ids")
-    given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids", main)]
-    batch = next((x for x in [*given, *args[:1]] if isinstance(x, Tensor) and x.dim()), None)
+    batch = batch_of(model, args[0] if args else None, kwargs)
     if batch is not None:
-        check_rows(rows, batch.shape[0])
+        check_rows(rows, batch)
 
 
 def _detach(model: nn.Module, state: LoRAState) -> None:

@@ -135,7 +135,7 @@ class LoRASlots(nn.Module):
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = (of(key, self.get_parameter(key)) for key in (f"A{index}", f"B{index}"))
+        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
@@ -155,8 +155,13 @@ class LoRASlots(nn.Module):
         """What the adapter changes the bias by, b' − b, (out,)."""
         if not self.slots[index].trainable:
             return self.bank_bias[index]
-        trained = self.get_parameter(f"bias{index}")
+        trained: Tensor = getattr(self, f"bias{index}")
         return trained if bias is None else trained - bias.to(trained.dtype)
+
+    def _replicate_for_data_parallel(self) -> LoRASlots:
+        replica: LoRASlots = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.state = self.state.pinned()  # its thread does not see the caller's blocks
+        return replica
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ it when the graph runs and returns slots and weights as tensors: one graph serve
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import weakref
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from .errors import LoRANameError, LoRARouteError, LoRAStateError
 
-__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows"]
+__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows", "routed"]
 
 _OVERRIDES: ContextVar[Mapping[int, Active]] = ContextVar("hf_lora_overrides", default=MappingProxyType({}))
+_BLOCKS: ContextVar[tuple[tuple[int, Active, object], ...]] = ContextVar("hf_lora_blocks", default=())  # innermost last
 _STATES: weakref.WeakValueDictionary[int, LoRAState] = weakref.WeakValueDictionary()
 _UIDS = itertools.count(1)
 _COUNTING = threading.Lock()
@@ -155,11 +157,20 @@ class LoRAState:
         with _COUNTING:
             for entry in entries:
                 entry.check().users += 1
-        token = _OVERRIDES.set(MappingProxyType({**_OVERRIDES.get(), self.uid: active}))
+        mine = (self.uid, active, object())
+        _see((*_BLOCKS.get(), mine))
         try:
             yield
+            if all(block is not mine for block in _BLOCKS.get()):
+                raise LoRAStateError(
+                    "A use_lora(), no_lora() or route_lora() block was left in another context than it was entered in: "
+                    "what ran meanwhile in other threads or tasks did not see it.",
+                    remedy="Do not yield inside the block in a generator that others advance; enter it around each call, "
+                    "or run the whole with contextvars.copy_context().run.",
+                )
         finally:
-            _OVERRIDES.reset(token)
+            # Not ContextVar.reset: a generator that is closed late would take away blocks opened after its own.
+            _see(tuple(block for block in _BLOCKS.get() if block is not mine))
             with _COUNTING:
                 for entry in entries:
                     entry.users -= 1
@@ -175,6 +186,23 @@ class LoRAState:
                 remedy="Leave every such with block first, in every thread.",
             )
 
+    def pinned(self) -> LoRAState:
+        """A state of the same adapters whose default is what is active now: for a replica that runs on another thread.
+
+        Raises:
+            LoRARouteError: a route is active; its rows would have to be split as the batch is.
+        """
+        active = self.current
+        if active.rows is not None:
+            raise LoRARouteError(
+                "A route cannot be used with DataParallel, which splits the rows over devices.",
+                value=len(active.rows),
+                remedy="Run the rows of each adapter as a batch of their own with use_lora(), or route on one device.",
+            )
+        state = copy.copy(self)
+        state.default = active
+        return state
+
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, run under what is active now, whenever and on whatever thread it is called."""
         active = self.current
@@ -184,6 +212,18 @@ class LoRAState:
                 return function(*args, **kwargs)
 
         return bound
+
+
+def _see(blocks: tuple[tuple[int, Active, object], ...]) -> None:
+    """Make these the open blocks of the current call chain."""
+    _BLOCKS.set(blocks)
+    _OVERRIDES.set(MappingProxyType({uid: active for uid, active, _ in blocks}))
+
+
+def routed() -> list[LoRAState]:
+    """The states of which a route is active in this call chain."""
+    uids = [uid for uid, active in _OVERRIDES.get().items() if active.rows is not None]
+    return [state for uid in uids if (state := _STATES.get(uid)) is not None]
 
 
 @torch.library.custom_op("hf_lora::active", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
