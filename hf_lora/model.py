@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .errors import LoRAMismatchError, LoRANameError, LoRAStateError, LoRAUnsupportedError
+from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
@@ -23,7 +23,7 @@ from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Sw
 from .routing import batch_of
 from .sharding import assign, refuse_sharded, reshard, whole
 from .slots import LoRASlots, Slot, block_index
-from .state import NOTHING, Active, Entry, LoRAState, check_rows
+from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import LayerInfo, Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of, materialised
@@ -323,10 +323,16 @@ def _attach(model: nn.Module) -> LoRAState:
 
 def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a batch that a route does not fit before anything runs; a layer may see a size that happens to divide."""
-    state = None if torch.compiler.is_compiling() else state_of(model)
+    state = None if tracing() else state_of(model)
     rows = None if state is None else state.current.rows
     if rows is None:
         return
+    if torch.compiler.is_exporting():
+        raise LoRARouteError(
+            "A route cannot be exported: an exported program keeps what is active for good, whatever its batch.",
+            value=len(rows),
+            remedy="Export under use_lora() of one adapter.",
+        )
     batch = batch_of(model, args[0] if args else None, kwargs)
     if batch is not None:
         check_rows(rows, batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .routing import rows_of, unflattened
-from .state import Active, Entry, LoRAState, active_rows
+from .state import Active, Entry, LoRAState, active_rows, tracing
 from .variants import VARIANTS
 
 __all__ = ["CHANNELS_FIRST", "LoRASlots", "Slot", "block_index"]
@@ -173,7 +173,7 @@ class LoRASlots(nn.Module):
             output: the base layer's output, (..., out).
             base: the layer, for its bias and an embedding's scale.
         """
-        if torch.compiler.is_compiling():
+        if tracing():
             return self._add_compiled(x, output, base)
         active = self.state.current
         if active.rows is not None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import LoRANameError, LoRARouteError, LoRAStateError
 
-__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows", "routed"]
+__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows", "routed", "tracing"]
 
 _OVERRIDES: ContextVar[Mapping[int, Active]] = ContextVar("hf_lora_overrides", default=MappingProxyType({}))
 _BLOCKS: ContextVar[tuple[tuple[int, Active, object], ...]] = ContextVar("hf_lora_blocks", default=())  # innermost last
@@ -224,6 +224,11 @@ def routed() -> list[LoRAState]:
     """The states of which a route is active in this call chain."""
     uids = [uid for uid, active in _OVERRIDES.get().items() if active.rows is not None]
     return [state for uid in uids if (state := _STATES.get(uid)) is not None]
+
+
+def tracing() -> bool:
+    """Whether this code is being compiled. In what torch.export makes, what is active is fixed, as in eager code."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 @torch.library.custom_op("hf_lora::active", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -73,9 +73,9 @@ def prepare(model: nn.Module) -> None:
 
 
 def _wrap(registry: Registry, cls: type) -> None:
-    for name, wrapper in (("generate", _generate), (_EXPAND, _expand)):
+    for name, wrapper in _GENERATING.items():
         owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-        if owner is None or getattr(owner, "__module__", "").startswith(__package__) or registry.is_set(owner, name):
+        if owner is None or registry.is_set(owner, name):
             continue
         stock = vars(owner)[name]
         if isinstance(stock, staticmethod):  # before transformers 5.2 or so
@@ -120,6 +120,45 @@ def _expand(stock: Method) -> Method:
         return result
 
     return expand
+
+
+def _transcribe(stock: Method) -> Method:
+    """Whisper's loop over chunks of audio: a chunk's batch is of the rows that still have audio."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def generate_with_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = _among(routed(), self)
+        if not states:
+            return stock(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        left, temperatures = list(given["batch_idx_map"]), given["temperatures"]
+        if len(temperatures) > 1:
+            raise LoRARouteError(
+                "Whisper's temperature fallback generates some rows again without saying which, so that a route does "
+                "not know them.",
+                value=tuple(temperatures),
+                remedy="Give one temperature, or run the rows of each adapter as a batch of their own with use_lora().",
+            )
+        padded = getattr(given["generation_config"], "cache_implementation", None) == "static"
+        with ExitStack() as stack:
+            for state in states:
+                rows = state.current.rows or ()
+                if max(left) >= len(rows):  # num_return_sequences, which Whisper expands itself
+                    check_rows(rows, len(left))
+                spare = len(rows) - len(left) if padded else 0
+                chunk = Active(rows=(*(rows[i] for i in left), *[None] * spare))
+                stack.enter_context(state.override(chunk))
+            return stock(self, *args, **kwargs)
+
+    return generate_with_fallback
+
+
+_GENERATING: dict[str, Callable[[Method], Method]] = {
+    "generate": _generate,
+    _EXPAND: _expand,
+    "generate_with_fallback": _transcribe,
+}
 
 
 def _among(states: list[LoRAState], model: nn.Module) -> list[LoRAState]:
