@@ -265,18 +265,25 @@ def _(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, Tensor]:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _learns_sizes() -> bool:
+    """Whether the graph being traced may have sizes that an operator gives when it runs: dynamo asks for fullgraph."""
+    tracing = torch._guards.TracingContext.try_get()
+    shapes = getattr(getattr(tracing, "fake_mode", None), "shape_env", None)
+    return bool(getattr(shapes, "allow_dynamic_output_shape_ops", False))
+
+
 def active_rows(x: Tensor, state: LoRAState, row_map: str = "batch") -> tuple[Tensor, Tensor]:
     """What is active when the graph runs: slots (N, K) int64 and weights (N, K) float32, N the rows of `x`.
 
     `row_map`: "flat" where x is (B·T, d), the rows of the batch one after another; "inner" where a route is refused.
 
-    K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. Without gradients K is a size that
-    the graph learns when it runs. With them it is the widest mixture this model has seen: inductor cannot save for
-    backward a size that depends on the data.
+    K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. With fullgraph=True and without
+    gradients K is a size that the graph learns when it runs. Otherwise it is the widest mixture this model has seen:
+    inductor cannot save for backward a size that depends on the data, and without fullgraph such a size ends the graph.
     """
-    pair: tuple[Tensor, Tensor] = _active_op(
-        x.detach(), state.uid, state.width if torch.is_grad_enabled() else 0, row_map
-    )
+    learns = not torch.is_grad_enabled() and _learns_sizes()
+    pair: tuple[Tensor, Tensor] = _active_op(x.detach(), state.uid, 0 if learns else state.width, row_map)
     return pair
 
 
