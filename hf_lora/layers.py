@@ -84,7 +84,7 @@ class LoRAHeads(nn.Module):
         self.copies[str(index)] = copy
 
     def _replicate_for_data_parallel(self) -> LoRAHeads:
-        replica: LoRAHeads = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: LoRAHeads = super()._replicate_for_data_parallel()
         replica.state = self.state.pinned()
         return replica
 

@@ -159,7 +159,7 @@ class LoRASlots(nn.Module):
         return trained if bias is None else trained - bias.to(trained.dtype)
 
     def _replicate_for_data_parallel(self) -> LoRASlots:
-        replica: LoRASlots = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: LoRASlots = super()._replicate_for_data_parallel()
         replica.state = self.state.pinned()  # its thread does not see the caller's blocks
         return replica
 

@@ -165,8 +165,8 @@ class LoRAState:
                 raise LoRAStateError(
                     "A use_lora(), no_lora() or route_lora() block was left in another context than it was entered in: "
                     "what ran meanwhile in other threads or tasks did not see it.",
-                    remedy="Do not yield inside the block in a generator that others advance; enter it around each call, "
-                    "or run the whole with contextvars.copy_context().run.",
+                    remedy="Do not yield inside the block where others run the generator: enter it around each call, "
+                    "or run all of it in one context (contextvars.copy_context()).",
                 )
         finally:
             # Not ContextVar.reset: a generator that is closed late would take away blocks opened after its own.
@@ -265,7 +265,7 @@ def _(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _learns_sizes() -> bool:
     """Whether the graph being traced may have sizes that an operator gives when it runs: dynamo asks for fullgraph."""
     tracing = torch._guards.TracingContext.try_get()

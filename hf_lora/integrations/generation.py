@@ -67,7 +67,7 @@ def install(registry: Registry) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Wrap what the model's own class overrides of `generate` (Whisper and BLIP do) before it is called under a route."""
+    """Before a route: wrap what the model's own class overrides of `generate`, as Whisper's and BLIP's do."""
     for registry in _REGISTRIES:
         _wrap(registry, type(model))
 
@@ -91,8 +91,9 @@ def _generate(stock: Method) -> Method:
         if not states and _CALL.get() is None:
             return stock(self, *args, **kwargs)
         batch = batch_of(self, args[0] if args else kwargs.get("inputs"), kwargs)
-        for state in states if batch is not None else ():
-            check_rows(state.current.rows or (), batch)
+        if batch is not None:
+            for state in states:
+                check_rows(state.current.rows or (), batch)
         with ExitStack() as stack:
             token = _CALL.set(_Call(states, stack))
             stack.callback(_CALL.reset, token)
