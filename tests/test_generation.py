@@ -13,7 +13,7 @@ import torch
 from loras import with_adapters
 from oracles import build, inputs
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 from hf_lora import LoRAConfig, LoRARouteError, LoRAStateError
 from hf_lora.model import state_of
@@ -439,7 +439,7 @@ SWITCHES = ["a", "b", None, {"a": 0.5, "b": 0.2}, *({"a": i / 10} for i in range
 
 @pytest.mark.parametrize("how", ["compile_config", "forward", "module"])
 def test_one_graph_serves_every_switch_and_route_in_generate(how: str) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
 
     def backend(graph: Any, examples: Any, **options: Any) -> Any:  # `generate` copies its config, and so the counter
         return counter(graph, examples)
@@ -472,7 +472,7 @@ def test_one_graph_serves_every_switch_and_route_in_generate(how: str) -> None:
 
 def test_a_compiled_forward_without_fullgraph_is_one_graph_too(batch: Any) -> None:
     model = model_of("llama", "ab")
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
     compiled, given = torch.compile(model, backend=counter), batch(model, 3)
     with torch.no_grad():
         for i, which in enumerate([*SWITCHES, *SWITCHES]):
@@ -503,20 +503,22 @@ def test_continuous_batching_generates_with_what_was_active() -> None:
     assert expected["a"] != expected["b"] != expected[None] != expected["a"]
     requests = given["input_ids"].tolist()
     options = {"continuous_batching_config": batching(), "max_new_tokens": 5, "warmup": False}
-    for name in ("b", None):
-        with model.use_lora(name):  # its loop runs on a thread of its own
-            found = model.generate_batch(requests, **options)
-        assert [output.generated_tokens for output in found.values()] == expected[name]
+
+    def generated() -> list[list[int]]:
+        found = model.generate_batch(requests, **options)
+        return [output.generated_tokens for output in found.values()]
+
+    with model.no_lora():  # its loop runs on a thread of its own
+        assert generated() == expected[None]
     with model.route_lora(ROUTE), pytest.raises(LoRARouteError, match="packs the tokens of several requests"):
-        model.generate_batch(requests, **options)
-    with model.use_lora("b"):
-        model.generate_batch(requests, **options, persistent_manager=True)
+        generated()
+    options["persistent_manager"] = True
     try:
-        with pytest.raises(LoRAStateError, match="generates with 'b', and here 'a' is active"):
-            model.generate_batch(requests, **options, persistent_manager=True)
-        with model.use_lora("b"):
-            found = model.generate_batch(requests, **options, persistent_manager=True)
-        assert [output.generated_tokens for output in found.values()] == expected["b"]
+        for _ in range(2):
+            with model.use_lora("b"):
+                assert generated() == expected["b"]
+            with pytest.raises(LoRAStateError, match="generates with 'b', and here 'a' is active"):
+                generated()
     finally:
         model.destroy_cached_continuous_batching_manager()
     gc.collect()
