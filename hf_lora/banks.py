@@ -152,7 +152,7 @@ class LoRABanks(nn.Module):
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = (of(key, self.get_parameter(key)) for key in (f"A{index}", f"B{index}"))
+        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
@@ -173,8 +173,13 @@ class LoRABanks(nn.Module):
         """What the adapter changes the bias by, b' − b, (out,)."""
         if not self.slots[index].trainable:
             return self.bank_bias[index + 1]
-        trained = self.get_parameter(f"bias{index}")
+        trained: Tensor = getattr(self, f"bias{index}")
         return trained if bias is None else trained - bias.to(trained.dtype)
+
+    def _replicate_for_data_parallel(self) -> LoRABanks:
+        replica: LoRABanks = super()._replicate_for_data_parallel()
+        replica.state = self.state.pinned()  # its thread does not see the caller's blocks
+        return replica
 
 
 def block_index(blocks: tuple[Any, ...], rank: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import LoRAUnsupportedError
 from .routing import rows_of
 from .slots import CHANNELS_FIRST, LoRASlots
-from .state import LoRAState, active_rows
+from .state import LoRAState, active_rows, tracing
 
 __all__ = [
     "BIAS_ADDED",
@@ -84,9 +84,14 @@ class LoRAHeads(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
         self.copies[str(index)] = copy
 
+    def _replicate_for_data_parallel(self) -> LoRAHeads:
+        replica: LoRAHeads = super()._replicate_for_data_parallel()
+        replica.state = self.state.pinned()
+        return replica
+
     def run(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base head's `output`, or the active copies' instead of it, row by row where routed."""
-        if torch.compiler.is_compiling():
+        if tracing():
             return self._run_compiled(output, args, kwargs)
         active = self.state.current
         if active.rows is None:

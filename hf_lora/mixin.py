@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import loading, merging, summary, switching
 from . import model as placing
 from .config import LoRAConfig
-from .integrations import auto, pretrained, publishing, reporting, trainer, trl
+from .integrations import auto, generation, pretrained, publishing, reporting, trainer, trl
 from .integrations.patching import Registry
 from .summary import Summary
 from .switching import Which
@@ -180,6 +180,7 @@ class LoRAMixin:
 
     def route_lora(self: Any, names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
         """Within the block, row i of every batch goes through `names[i]`; None is the base alone."""
+        generation.prepare(self)
         return switching.route_lora(self, names)
 
     def train_lora(self: Any, names: str | Iterable[str]) -> None:
@@ -243,6 +244,7 @@ def install(registry: Registry) -> None:
         if not name.startswith("_"):
             registry.set(PreTrainedModel, name, verb)
     pretrained.install(registry, PreTrainedModel)
+    generation.install(registry)
     trainer.install(registry)
     publishing.install(registry)
     reporting.install(registry)

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .errors import LoRAMismatchError, LoRANameError, LoRAStateError, LoRAUnsupportedError
+from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
 from .layerinfo import HELD
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .routing import batch_of
 from .sharding import assign, refuse_sharded, reshard, whole
 from .slots import LoRASlots, Slot, block_index
-from .state import NOTHING, Active, Entry, LoRAState, check_rows
+from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import LayerInfo, Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of, materialised
@@ -322,15 +323,19 @@ def _attach(model: nn.Module) -> LoRAState:
 
 def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a batch that a route does not fit before anything runs; a layer may see a size that happens to divide."""
-    state = None if torch.compiler.is_compiling() else state_of(model)
+    state = None if tracing() else state_of(model)
     rows = None if state is None else state.current.rows
     if rows is None:
         return
-    main = getattr(model, "main_input_name", "input_ids")
-    given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids", main)]
-    batch = next((x for x in [*given, *args[:1]] if isinstance(x, Tensor) and x.dim()), None)
+    if torch.compiler.is_exporting():
+        raise LoRARouteError(
+            "A route cannot be exported: an exported program keeps what is active for good, whatever its batch.",
+            value=len(rows),
+            remedy="Export under use_lora() of one adapter.",
+        )
+    batch = batch_of(model, args[0] if args else None, kwargs)
     if batch is not None:
-        check_rows(rows, batch.shape[0])
+        check_rows(rows, batch)
 
 
 def _detach(model: nn.Module, state: LoRAState) -> None:

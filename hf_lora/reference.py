@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -40,12 +42,22 @@ class ReferenceModel(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output with `which` active."""
         # Not in `forward`: who puts another forward on this instance (TRL does) still has it run within the block.
+        with self._seen():
+            return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model generates with `which` active."""
+        with self._seen():
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _seen(self) -> Iterator[None]:
         training = [module for module in self.model.modules() if module.training]
         for module in training:
             module.training = False
         try:
             with use_lora(self.model, self.which):
-                return super().__call__(*args, **kwargs)
+                yield
         finally:
             for module in training:
                 module.training = True

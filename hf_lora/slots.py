@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import functional
 from .banks import LoRABanks, Slot, block_index
 from .routing import rows_of, unflattened
-from .state import Active, Entry, active_rows
+from .state import Active, Entry, active_rows, tracing
 from .variants import VARIANTS
 
 __all__ = ["CHANNELS_FIRST", "LoRASlots", "Slot", "block_index"]
@@ -50,7 +50,7 @@ class LoRASlots(LoRABanks):
             output: the base layer's output, (..., out).
             base: the layer, for its bias and an embedding's scale.
         """
-        if torch.compiler.is_compiling():
+        if tracing():
             return self._add_compiled(x, output, base)
         active = self.state.current
         if active.rows is not None:

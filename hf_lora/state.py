@@ -10,6 +10,7 @@ it when the graph runs and returns slots and weights as tensors: one graph serve
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import weakref
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from .errors import LoRANameError, LoRARouteError, LoRAStateError
 
-__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows"]
+__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows", "routed", "tracing"]
 
 _OVERRIDES: ContextVar[Mapping[int, Active]] = ContextVar("hf_lora_overrides", default=MappingProxyType({}))
+_BLOCKS: ContextVar[tuple[tuple[int, Active, object], ...]] = ContextVar("hf_lora_blocks", default=())  # innermost last
 _STATES: weakref.WeakValueDictionary[int, LoRAState] = weakref.WeakValueDictionary()
 _UIDS = itertools.count(1)
 _COUNTING = threading.Lock()
@@ -167,11 +169,20 @@ class LoRAState:
         with _COUNTING:
             for entry in entries:
                 entry.check().users += 1
-        token = _OVERRIDES.set(MappingProxyType({**_OVERRIDES.get(), self.uid: active}))
+        mine = (self.uid, active, object())
+        _see((*_BLOCKS.get(), mine))
         try:
             yield
+            if all(block is not mine for block in _BLOCKS.get()):
+                raise LoRAStateError(
+                    "A use_lora(), no_lora() or route_lora() block was left in another context than it was entered in: "
+                    "what ran meanwhile in other threads or tasks did not see it.",
+                    remedy="Do not yield inside the block where others run the generator: enter it around each call, "
+                    "or run all of it in one context (contextvars.copy_context()).",
+                )
         finally:
-            _OVERRIDES.reset(token)
+            # Not ContextVar.reset: a generator that is closed late would take away blocks opened after its own.
+            _see(tuple(block for block in _BLOCKS.get() if block is not mine))
             with _COUNTING:
                 for entry in entries:
                     entry.users -= 1
@@ -187,6 +198,23 @@ class LoRAState:
                 remedy="Leave every such with block first, in every thread.",
             )
 
+    def pinned(self) -> LoRAState:
+        """A state of the same adapters whose default is what is active now: for a replica that runs on another thread.
+
+        Raises:
+            LoRARouteError: a route is active; its rows would have to be split as the batch is.
+        """
+        active = self.current
+        if active.rows is not None:
+            raise LoRARouteError(
+                "A route cannot be used with DataParallel, which splits the rows over devices.",
+                value=len(active.rows),
+                remedy="Run the rows of each adapter as a batch of their own with use_lora(), or route on one device.",
+            )
+        state = copy.copy(self)
+        state.default = active
+        return state
+
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, run under what is active now, whenever and on whatever thread it is called."""
         active = self.current
@@ -196,6 +224,23 @@ class LoRAState:
                 return function(*args, **kwargs)
 
         return bound
+
+
+def _see(blocks: tuple[tuple[int, Active, object], ...]) -> None:
+    """Make these the open blocks of the current call chain."""
+    _BLOCKS.set(blocks)
+    _OVERRIDES.set(MappingProxyType({uid: active for uid, active, _ in blocks}))
+
+
+def routed() -> list[LoRAState]:
+    """The states of which a route is active in this call chain."""
+    uids = [uid for uid, active in _OVERRIDES.get().items() if active.rows is not None]
+    return [state for uid in uids if (state := _STATES.get(uid)) is not None]
+
+
+def tracing() -> bool:
+    """Whether this code is being compiled. In what torch.export makes, what is active is fixed, as in eager code."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 @torch.library.custom_op("hf_lora::active", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -232,18 +277,25 @@ def _(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, Tensor]:
     )
 
 
+@torch.compiler.assume_constant_result
+def _learns_sizes() -> bool:
+    """Whether the graph being traced may have sizes that an operator gives when it runs: dynamo asks for fullgraph."""
+    tracing = torch._guards.TracingContext.try_get()
+    shapes = getattr(getattr(tracing, "fake_mode", None), "shape_env", None)
+    return bool(getattr(shapes, "allow_dynamic_output_shape_ops", False))
+
+
 def active_rows(x: Tensor, state: LoRAState, row_map: str = "batch") -> tuple[Tensor, Tensor]:
     """What is active when the graph runs: slots (N, K) int64 and weights (N, K) float32, N the rows of `x`.
 
     `row_map`: "flat" where x is (B·T, d), the rows of the batch one after another; "inner" where a route is refused.
 
-    K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. Without gradients K is a size that
-    the graph learns when it runs. With them it is the widest mixture this model has seen: inductor cannot save for
-    backward a size that depends on the data.
+    K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. With fullgraph=True and without
+    gradients K is a size that the graph learns when it runs. Otherwise it is the widest mixture this model has seen:
+    inductor cannot save for backward a size that depends on the data, and without fullgraph such a size ends the graph.
     """
-    pair: tuple[Tensor, Tensor] = _active_op(
-        x.detach(), state.uid, state.width if torch.is_grad_enabled() else 0, row_map
-    )
+    learns = not torch.is_grad_enabled() and _learns_sizes()
+    pair: tuple[Tensor, Tensor] = _active_op(x.detach(), state.uid, 0 if learns else state.width, row_map)
     return pair
 
 

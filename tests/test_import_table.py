@@ -59,7 +59,7 @@ TABLE: dict[str, str] = {
     # a value on a model
     "initial": "config errors fitting layerinfo targeting values weights",
     "fitting": "config errors layerinfo layers sharding state targeting values weights",
-    "model": "config errors facts fitting initial layerinfo layers sharding slots state targeting values weights",
+    "model": "config errors facts fitting initial layerinfo layers routing sharding slots state targeting values weights",  # noqa: E501
     "switching": "errors model state",
     "merging": "errors layerinfo layers model sharding state switching targeting weights",
     "optimizer": "errors layers model",
@@ -69,7 +69,7 @@ TABLE: dict[str, str] = {
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "errors facts hub loading store values",
     # transformers
-    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference sharding slots state store switching values",  # noqa: E501
+    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
