@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from . import functional
 from .routing import rows_of, unflattened
+from .rowmaps import inner_rows, picked, uniform
 from .state import Active, Entry, LoRAState, active_rows
 from .variants import VARIANTS
 
 __all__ = ["CHANNELS_FIRST", "LoRASlots", "Slot", "block_index"]
 
+BATCHED = ("batch", "flat", "windows", "second")  # row maps that need to know no more than the number of rows
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
@@ -208,9 +210,13 @@ class LoRASlots(nn.Module):
         here = [entry for entry in active.entries if entry.check().slot in self.slots]
         if not here:
             return output
+        if self.row_map not in BATCHED or (self.kind == "embedding" and x.dim() == 1):  # a table by place, say
+            return self._add_mapped(x, output, base, active, here)
         shape = output.shape
-        if self.row_map == "flat" and x.dim() == 2:  # (B·T, d): the rows one after another, so (B, T, d) again
-            x, output = unflattened(active, x), unflattened(active, output)
+        if self.row_map == "second":  # (T, B, d)
+            x, output = x.transpose(0, 1), output.transpose(0, 1)
+        elif self.row_map == "windows" or (self.row_map == "flat" and x.dim() == 2):
+            x, output = unflattened(active, x), unflattened(active, output)  # the rows one after another: (B, T, d)
         rows = rows_of(active, x, self.row_map)
         if any(not self.slots[entry.slot].trainable for entry in here):
             # A tensor made under inference_mode cannot take part in autograd later: each mode has its own.
@@ -224,7 +230,19 @@ class LoRASlots(nn.Module):
                 chosen = torch.tensor([row is entry for row in rows], device=output.device)
                 weight = chosen.view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
                 output = self._add_one(x, output, base, entry.slot, slot, weight)
-        return output.reshape(shape)
+        return output.transpose(0, 1) if self.row_map == "second" else output.reshape(shape)
+
+    def _add_mapped(self, x: Tensor, output: Tensor, base: nn.Module, active: Active, here: list[Entry]) -> Tensor:
+        """`output` + the deltas, where the batch is not the rows: each adapter's entries are picked, and put back."""
+        if uniform(active):
+            return self._add_one(x, output, base, here[0].slot, self.slots[here[0].slot], 1.0)
+        rows, axis = inner_rows(active, x, self.row_map)
+        inner, whole = (x, output) if axis == 0 else (x[0], output[0])
+        for entry in here:
+            index = picked(active, entry, rows, x.device)
+            changed = self._add_one(inner[index], whole[index], base, entry.slot, self.slots[entry.slot], 1.0)
+            whole = whole.index_copy(0, index, changed)
+        return whole if axis == 0 else whole[None]
 
     def _gather(self, rows: tuple[Entry | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """Each row's A (N, R, in; None of an embedding), B (N, out, R), slot (N,) and bias (N, out)."""
@@ -276,6 +294,7 @@ class LoRASlots(nn.Module):
             return output
         traced = self.state.traced
         row_map = "batch" if self.row_map == "flat" and x.dim() != 2 else self.row_map
+        row_map = "inner" if self.kind == "embedding" and x.dim() == 1 else "flat" if row_map == "windows" else row_map
         plain = traced is not None and row_map == "batch"
         slots, weights = traced if plain and traced is not None else active_rows(x, self.state, row_map)
         ones = [1] * (output.dim() - 1)
