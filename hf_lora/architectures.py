@@ -318,19 +318,35 @@ PRETRAINED_HEADS: Mapping[str, frozenset[str]] = {
 DUAL_ENCODERS = frozenset({"clip", "siglip", "siglip2", "chinese_clip", "altclip", "clap", "align"})
 """Models with several towers in which a row of each tower's batch is a row of the user's."""
 
+_BATCHES = (  # model_types, layers, and the form of their batch
+    ("opt", r"\.(fc1|fc2|final_layer_norm)$", "flat"),
+    ("nllb-moe", r"\.router\.classifier$", "flat"),
+    ("jetmoe", r"\.router\.layer$", "flat"),
+    ("afmoe", r"\.router\.gate$", "flat"),
+    ("swin", r"\.attention\.([qkvo]_proj$|self\.|output\.)", "windows"),
+    ("donut-swin maskformer-swin", r"\.attention\.(self|output)\.", "windows"),
+    ("swinv2 swin2sr", r"\.attention\.(self\.(query|key|value)|output\.dense)$", "windows"),
+    ("mllama_text_model", r"\.cross_attn\.[kv]_(proj|norm)$", "windows"),  # (rows · tiles, patches, d)
+    ("fsmt", r"(^|\.)layers\.\d+\.", "second"),
+    ("xlnet", r"(^|\.)(word_embedding|layer_norm|layer_[12])$", "second"),
+    ("longformer", r"\.self\.(query|key|value)(_global)?$", "second"),
+    ("led", r"\.longformer_self_attn\.(query|key|value)(_global)?$", "second"),
+    ("mlcd mlcd_vision_model", r"\.self_attn\.out_proj$", "second"),
+    ("mask2former", r"\.decoder\.(layernorm|layers\.\d+\.(\w*layer_?norm|fc[12]))$", "second"),
+    ("oneformer", r"(^|\.)transformer_module\.", "inner"),
+    ("bros", r"(^|\.)(entity_linker|relation_net|subsequent_token_classifier)(\.|$)", "inner"),
+)
 BATCHES: Mapping[str, Mapping[re.Pattern[str], str]] = {
-    "opt": {re.compile(r"\.(fc1|fc2|final_layer_norm)$"): "flat"},
-    "swin": {re.compile(r"\.attention\.[qkvo]_proj$|\.attention\.(self|output)\."): "windows"},
-    "mllama_text_model": {re.compile(r"\.cross_attn\.[kv]_(proj|norm)$"): "windows"},  # (rows · tiles, patches, d)
+    name: {re.compile(layers): form} for names, layers, form in _BATCHES for name in names.split()
 }
 """model_type → layers whose batch has another form than (B, …): "flat" (B·T, d) or "windows" (B·k, …), both with the
 rows one after another, "second" (T, B, d), or "inner" where the rows cannot be told."""
 
-SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts"})
+SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts", "shared_expert_gate"})
 """Parts that a mixture of experts may run on (B·T, d), the rows of the batch one after another."""
 
-POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn")
-"""Embeddings that are looked up by place, once for all rows."""
+POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn|distance|(^|_)pos(_|$)")
+"""Layers that compute positions, once for all rows."""
 
 _TOWERS = (  # model_types, their parts beside the language model, and how these take rows
     (

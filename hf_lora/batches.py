@@ -81,6 +81,12 @@ def _row_map(path: str, modules: Mapping[str, nn.Module], parts: dict[str, _Part
         beside = _beside(path.removeprefix(part.owner.path).removeprefix("."), modules.get(path), part.owner)
         if beside is not None:
             return beside
+    around = modules.get(path.rpartition(".")[0])
+    if (
+        isinstance(around, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        and not around.self_attn.batch_first
+    ):
+        return "second"
     for ends, row_map in arch.BATCHES.get(part.model_type or "", {}).items():
         if ends.search(path):
             return row_map

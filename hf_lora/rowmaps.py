@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import architectures as arch
 from .errors import LoRARouteError
-from .state import _OVERRIDES, Active, Entry, LoRAState, refuse_inner
+from .state import _OVERRIDES, Active, Entry, LoRAState, check_rows, refuse_inner
 
 __all__ = ["MAPPED", "Rows", "hook_row_maps", "inner_rows", "picked", "unhook_row_maps"]
 
@@ -123,6 +123,13 @@ class _Hook:
             overrides = {**_OVERRIDES.get(), self.state.uid: replace(active, maps=call)}
             call.token = _OVERRIDES.set(overrides)
 
+    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a batch that the route does not fit before anything runs: generate() calls an encoder by itself."""
+        rows = None if torch.compiler.is_compiling() else self.state.current.rows
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
+        if rows is not None and first is not None:
+            check_rows(rows, first.shape[0])
+
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
@@ -156,8 +163,12 @@ def _wanted(module: nn.Module, active: Active) -> frozenset[str]:
 
 
 def hook_row_maps(model: nn.Module, state: LoRAState) -> None:
-    """Hook every part of a model whose arguments tell the rows of an inner batch."""
+    """Hook every part of a model whose arguments tell the rows of an inner batch, and its encoder."""
     hook = _Hook(state)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        encoder = model.get_encoder()
+        if isinstance(encoder, nn.Module) and encoder is not model:
+            encoder.register_forward_pre_hook(hook.check, with_kwargs=True)
     for module in [m for m in model.modules() if _is_told(m)]:
         module.register_forward_pre_hook(hook.before, with_kwargs=True)
         module.register_forward_hook(hook.after, always_call=True)

@@ -1,19 +1,20 @@
 """Tiny models of many architectures, with a batch of three rows and each of its rows as a batch of its own.
 
-The rows differ in what they bring: two images, none, one (of other sizes where the architecture has them). As many images
-as rows, and as many tokens as rows where there are no images: whatever takes a size for the rows, or images for rows one
-by one, is wrong here.
+The rows differ in what they bring: two images, none, one (of other sizes where the architecture has them). There are as
+many images as rows, and as many tokens as rows where there are no images: whatever takes a size for the rows, or images
+for rows one by one, is wrong here.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from test_architectures import CASES, IMAGE, KV, SMALL, TOWER
-from torch import Tensor, nn
+from test_architectures import CASES, KV, MOE, SMALL, TOWER
+from torch import Tensor
 
 ROWS = 3
 IMAGES = (2, 0, 1)  # of each row
@@ -69,14 +70,49 @@ def prompts(tokens: list[list[int]], placeholder: int = IMAGE_ID, length: int | 
     return text
 
 
+_BART = {**SMALL, "d_model": 32, "decoder_start_token_id": 2, "max_length": 32} | {
+    f"{side}_{name}": value
+    for side in ("encoder", "decoder")
+    for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+}
+_SWIN = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+_STAGES = {"out_features": [f"stage{i}" for i in range(1, 5)], "depths": [1] * 4, "num_heads": [2] * 4}
+
+# model_types outside the table of roles whose layers see (T, B, d), (B · T, d) or windows
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "xlnet": ("AutoModelForCausalLM", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 64}),
+    "fsmt": ("AutoModelForSeq2SeqLM", {**_BART, "src_vocab_size": 64, "tgt_vocab_size": 64, "langs": ["en", "de"]}),
+    "longformer": ("AutoModelForMaskedLM", {**SMALL, "attention_window": 4}),
+    "led": ("AutoModelForSeq2SeqLM", {**_BART, "attention_window": 4, "max_encoder_position_embeddings": 32}),
+    "afmoe": ("AutoModelForCausalLM", {**MOE, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2}),
+    "mlcd": ("AutoModel", dict(TOWER)),
+    "donut-swin": ("AutoModel", _SWIN),
+    "maskformer-swin": ("AutoModel", _SWIN),
+    "swinv2": ("AutoModel", _SWIN),
+    "swin2sr": ("AutoModel", {**_SWIN, "patch_size": 1, "window_size": 4}),
+    "mask2former": (
+        "AutoModel",
+        {
+            **dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32),
+            "num_attention_heads": 4, "dim_feedforward": 48, "encoder_feedforward_dim": 48, "num_queries": ROWS,
+            "encoder_layers": 1, "decoder_layers": 2,
+            "backbone_config": {**_SWIN, **_STAGES, "model_type": "swin", "image_size": 128},
+        },
+    ),
+}
+
+
 def plain(model_type: str) -> Scene:
-    """A scene of a model of the table that takes text, sound or one image for each row."""
-    auto, values, _ = CASES[model_type]
+    """A scene of a model that takes text, sound or one image for each row."""
+    auto, values = OTHERS[model_type] if model_type in OTHERS else CASES[model_type][:2]
+    if model_type == "deepseek_v3":
+        values = {**values, "head_dim": 4}
     config = transformers.AutoConfig.for_model(model_type, **values)
     model = built(config, auto)
     main = model.main_input_name
     if main == "pixel_values":
-        batch = {"pixel_values": noise(ROWS, 3, 16, 16)}
+        side = 128 if model_type == "mask2former" else 16
+        batch = {"pixel_values": noise(ROWS, 3, side, side)}
     elif main == "input_values":
         batch = {"input_values": noise(ROWS, 64)}
     elif main == "input_features":
@@ -213,7 +249,9 @@ def grids(model_type: str, *, videos: bool = False, images: bool = True) -> Scen
         vision_end_token_id=59,
     )
     size = 3 * 2 * 4 * 4
-    films = (((2, 4, 4),), ((1, 2, 6), (2, 2, 2)), ())
+    films: Any = (((2, 4, 4),), ((1, 2, 6), (2, 2, 4)), ())
+    if model_type.startswith("qwen3"):  # there each frame is a run of placeholders of its own
+        films = (((1, 4, 8),), ((1, 2, 6), (1, 4, 4)), ())
     kinds = [("image", GRIDS if images else ((), (), ())), ("video", films if videos else ((), (), ()))]
     counts = [[t * h * w // 4 for _, grid in kinds for t, h, w in grid[row]] for row in range(ROWS)]
     text_ids = prompts(counts)
@@ -409,3 +447,68 @@ def qwen2_audio() -> Scene:
         alone.append({"input_ids": text[i : i + 1], **seen})
         start = end
     return Scene(model, {"input_ids": text, "input_features": sounds, "feature_attention_mask": mask}, alone)
+
+
+def experts(model_type: str) -> Scene:
+    """Experts as lists of Linear layers, with room for every token: then rows do not meet in them."""
+    values = {
+        "switch_transformers": {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_heads": 4,
+            "vocab_size": 64,
+            "pad_token_id": 0,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "num_experts": 3,
+            "expert_capacity": 64,
+        },
+        "nllb-moe": {
+            "d_model": 32,
+            "vocab_size": 64,
+            "pad_token_id": 0,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_experts": 3,
+            "encoder_sparse_step": 2,
+            "decoder_sparse_step": 2,
+            "moe_token_dropout": 0.0,
+            "moe_eval_capacity_token_fraction": 1.0,
+            "max_position_embeddings": 64,
+        },
+    }[model_type]
+    model = built(transformers.AutoConfig.for_model(model_type, **values), "AutoModelForSeq2SeqLM")
+    batch = {"input_ids": ids(length=5), "decoder_input_ids": ids(length=5, seed=2)}
+    return Scene(model, batch, by_row(batch))
+
+
+def switch() -> Scene:
+    return experts("switch_transformers")
+
+
+def nllb() -> Scene:
+    return experts("nllb-moe")
+
+
+TOWERS = {
+    **{
+        scene.__name__: scene
+        for scene in (
+            *(llava, vipllava, paligemma, gemma3, internvl, aya_vision, cohere2_vision, llama4),
+            *(idefics2, idefics3, smolvlm, llava_pixtral, mistral3, mllama, blip2, instructblip),
+            *(llava_next, llava_onevision, llava_onevision_videos, voxtral, qwen2_audio, switch, nllb),
+        )
+    },
+    **{
+        name: functools.partial(grids, name, videos=name != "glm4v")
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+    },
+}
+"""name → a scene of a model with parts whose batch is not the rows."""
