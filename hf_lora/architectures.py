@@ -345,7 +345,7 @@ rows one after another, "second" (T, B, d), or "inner" where the rows cannot be 
 SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts", "shared_expert_gate"})
 """Parts that a mixture of experts may run on (B·T, d), the rows of the batch one after another."""
 
-POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn|distance|(^|_)pos(_|$)")
+POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn|distance|(^|_)pos(_emb|_bias|$)")
 """Layers that compute positions, once for all rows."""
 
 _TOWERS = (  # model_types, their parts beside the language model, and how these take rows

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import loading, merging, summary, switching
 from . import model as placing
 from .config import LoRAConfig
-from .integrations import auto, pretrained, publishing, reporting, trainer, trl
+from .integrations import auto, encoding, pretrained, publishing, reporting, trainer, trl
 from .integrations.patching import Registry
 from .summary import Summary
 from .switching import Which
@@ -243,6 +243,7 @@ def install(registry: Registry) -> None:
         if not name.startswith("_"):
             registry.set(PreTrainedModel, name, verb)
     pretrained.install(registry, PreTrainedModel)
+    encoding.install(registry)
     trainer.install(registry)
     publishing.install(registry)
     reporting.install(registry)

@@ -9,9 +9,11 @@ size that happens to fit is never taken for a map.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import Token
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -23,7 +25,7 @@ from . import architectures as arch
 from .errors import LoRARouteError
 from .state import _OVERRIDES, Active, Entry, LoRAState, check_rows, refuse_inner
 
-__all__ = ["MAPPED", "Rows", "hook_row_maps", "inner_rows", "picked", "unhook_row_maps"]
+__all__ = ["MAPPED", "Rows", "hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
 
 MAPPED = "map:"  # how the row_map of a mapped layer begins: "map:grid", "map:experts.expert_0"
 _REMEDY = "Give the inputs as the processor makes them, or run the rows of each adapter as a batch of their own."
@@ -108,8 +110,11 @@ class _Hook:
         self.state = state
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling() and self.state.current.rows is not None:
+            self.enter(module, {**kwargs, **dict(zip(_names(type(module)), args, strict=False))})
+
+    def enter(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        """Read the maps that the route needs in the module."""
         active = self.state.current
         if active.rows is None or uniform(active):
             return
@@ -117,11 +122,10 @@ class _Hook:
         if key not in active.cache:
             active.cache[key] = _wanted(module, active)
         wanted: frozenset[str] = active.cache[key]
-        if wanted:
-            given = {**kwargs, **dict(zip(_names(type(module)), args, strict=False))}
-            call = _Call(module, _read(module, given, len(active.rows), wanted), active.maps)
-            overrides = {**_OVERRIDES.get(), self.state.uid: replace(active, maps=call)}
-            call.token = _OVERRIDES.set(overrides)
+        maps = _read(module, given, len(active.rows), wanted) if wanted else {}
+        if any(maps.values()):
+            call = _Call(module, maps, active.maps)
+            call.token = _OVERRIDES.set({**_OVERRIDES.get(), self.state.uid: replace(active, maps=call)})
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a batch that the route does not fit before anything runs: generate() calls an encoder by itself."""
@@ -131,14 +135,38 @@ class _Hook:
             check_rows(rows, first.shape[0])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling():
+            self.leave(module)
+
+    def leave(self, module: nn.Module) -> None:
+        """Forget the maps again."""
         call = self.state.current.maps
         if isinstance(call, _Call) and call.module is module and call.token is not None:
             _OVERRIDES.reset(call.token)
 
 
-def _names(of: type[nn.Module]) -> list[str]:
+@contextmanager
+def told(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block parts of the model may run by themselves: `given` is what its forward would be given."""
+    hooks = [] if not any(active.rows for active in _OVERRIDES.get().values()) else list(_hooked(model))
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            hook.enter(module, given)
+            stack.callback(hook.leave, module)
+        yield
+
+
+def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
+    for module in model.modules():
+        if type(module).__name__ not in arch.EXPERT_LISTS:
+            for function in module._forward_pre_hooks.values():
+                hook = getattr(function, "__self__", None)
+                if isinstance(hook, _Hook) and function == hook.before:
+                    yield module, hook
+
+
+@functools.lru_cache(maxsize=256)
+def _names(of: Any) -> list[str]:
     """Names of the forward's positional arguments."""
     return list(inspect.signature(of.forward).parameters)[1:]
 
@@ -165,8 +193,8 @@ def _wanted(module: nn.Module, active: Active) -> frozenset[str]:
 def hook_row_maps(model: nn.Module, state: LoRAState) -> None:
     """Hook every part of a model whose arguments tell the rows of an inner batch, and its encoder."""
     hook = _Hook(state)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        encoder = model.get_encoder()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = getattr(model, "get_encoder", lambda: None)()
         if isinstance(encoder, nn.Module) and encoder is not model:
             encoder.register_forward_pre_hook(hook.check, with_kwargs=True)
     for module in [m for m in model.modules() if _is_told(m)]:

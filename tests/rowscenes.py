@@ -94,8 +94,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "AutoModel",
         {
             **dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32),
-            "num_attention_heads": 4, "dim_feedforward": 48, "encoder_feedforward_dim": 48, "num_queries": ROWS,
-            "encoder_layers": 1, "decoder_layers": 2,
+            "num_attention_heads": 4,
+            "dim_feedforward": 48,
+            "encoder_feedforward_dim": 48,
+            "num_queries": ROWS,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
             "backbone_config": {**_SWIN, **_STAGES, "model_type": "swin", "image_size": 128},
         },
     ),
@@ -126,6 +130,8 @@ def plain(model_type: str) -> Scene:
             batch["pixel_values"] = noise(ROWS, sides * sides, 3 * 16)
             batch["pixel_attention_mask"] = torch.ones(ROWS, sides * sides, dtype=torch.int64)
             batch["spatial_shapes"] = torch.tensor([[sides, sides]] * ROWS)
+    if model_type in ("longformer", "led"):
+        batch["global_attention_mask"] = torch.tensor([[1, 0, 0]] * ROWS)
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids(seed=2)
     return Scene(model, batch, by_row(batch))
