@@ -111,7 +111,8 @@ class _Hook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self.state.current.rows is not None:
-            self.enter(module, {**kwargs, **dict(zip(_names(type(module)), args, strict=False))})
+            of: Any = type(module)
+            self.enter(module, {**kwargs, **dict(zip(_names(of), args, strict=False))})
 
     def enter(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         """Read the maps that the route needs in the module."""

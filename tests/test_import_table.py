@@ -60,7 +60,7 @@ TABLE: dict[str, str] = {
     # a value on a model
     "initial": "config errors fitting layerinfo targeting values weights",
     "fitting": "batches config errors layerinfo layers sharding state targeting values weights",
-    "model": "config errors facts fitting initial layerinfo layers rowmaps sharding slots state targeting values weights",
+    "model": "config errors facts fitting initial layerinfo layers rowmaps sharding slots state targeting values weights",  # noqa: E501
     "switching": "errors model state",
     "merging": "errors layerinfo layers model sharding state switching targeting weights",
     "optimizer": "errors layers model",
