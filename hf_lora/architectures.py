@@ -25,15 +25,17 @@ from dataclasses import dataclass
 
 __all__ = [
     "ARCHITECTURES",
+    "BATCHES",
     "DUAL_ENCODERS",
+    "EXPERT_LISTS",
     "EXPERT_PARAMETERS",
-    "FLATTENED",
     "HEADED_CLASS",
     "HEAD_NAMES",
     "INNER_PARTS",
     "MLP_ROLES",
     "PEFT_DEFAULTS",
     "POSITIONS",
+    "ROW_MAPS",
     "SHARED_EXPERTS",
     "PEFT_HEADS",
     "PRETRAINED_HEADS",
@@ -316,14 +318,62 @@ PRETRAINED_HEADS: Mapping[str, frozenset[str]] = {
 DUAL_ENCODERS = frozenset({"clip", "siglip", "siglip2", "chinese_clip", "altclip", "clap", "align"})
 """Models with several towers in which a row of each tower's batch is a row of the user's."""
 
-FLATTENED = {"opt": frozenset({"fc1", "fc2", "final_layer_norm"})}
-"""Layers that an architecture runs on (B·T, d), the rows of the batch one after another, instead of (B, T, d)."""
+_BATCHES = (  # model_types, layers, and the form of their batch
+    ("opt", r"\.(fc1|fc2|final_layer_norm)$", "flat"),
+    ("nllb-moe", r"\.router\.classifier$", "flat"),
+    ("jetmoe", r"\.router\.layer$", "flat"),
+    ("afmoe", r"\.router\.gate$", "flat"),
+    ("swin", r"\.attention\.([qkvo]_proj$|self\.|output\.)", "windows"),
+    ("donut-swin maskformer-swin", r"\.attention\.(self|output)\.", "windows"),
+    ("swinv2 swin2sr", r"\.attention\.(self\.(query|key|value)|output\.dense)$", "windows"),
+    ("mllama_text_model", r"\.cross_attn\.[kv]_(proj|norm)$", "windows"),  # (rows · tiles, patches, d)
+    ("fsmt", r"(^|\.)layers\.\d+\.", "second"),
+    ("xlnet", r"(^|\.)(word_embedding|layer_norm|layer_[12])$", "second"),
+    ("longformer", r"\.self\.(query|key|value)(_global)?$", "second"),
+    ("led", r"\.longformer_self_attn\.(query|key|value)(_global)?$", "second"),
+    ("mlcd mlcd_vision_model", r"\.self_attn\.out_proj$", "second"),
+    ("mask2former", r"\.decoder\.(layernorm|layers\.\d+\.(\w*layer_?norm|fc[12]))$", "second"),
+    ("oneformer", r"(^|\.)transformer_module\.", "inner"),
+    ("bros", r"(^|\.)(entity_linker|relation_net|subsequent_token_classifier)(\.|$)", "inner"),
+)
+BATCHES: Mapping[str, Mapping[re.Pattern[str], str]] = {
+    name: {re.compile(layers): form} for names, layers, form in _BATCHES for name in names.split()
+}
+"""model_type → layers whose batch has another form than (B, …): "flat" (B·T, d) or "windows" (B·k, …), both with the
+rows one after another, "second" (T, B, d), or "inner" where the rows cannot be told."""
 
-SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts"})
+SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts", "shared_expert_gate"})
 """Parts that a mixture of experts may run on (B·T, d), the rows of the batch one after another."""
 
-POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn")
-"""Embeddings that are looked up by place, once for all rows."""
+POSITIONS = re.compile(r"^wpe$|position|relative|rel_attn|distance|(^|_)pos(_emb|_bias|$)")
+"""Layers that compute positions, once for all rows."""
+
+_TOWERS = (  # model_types, their parts beside the language model, and how these take rows
+    (
+        "llava vipllava paligemma gemma3 internvl aya_vision cohere2_vision voxtral",
+        "vision_tower audio_tower multi_modal_projector",
+        "images",
+    ),
+    ("llama4", "vision_model multi_modal_projector", "images"),
+    ("idefics2 idefics3 smolvlm", "vision_model connector", "padded"),
+    ("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v", "visual", "grid"),
+    ("llava_next llava_onevision", "vision_tower multi_modal_projector", "anyres"),
+    ("mistral3", "vision_tower multi_modal_projector", "packed"),
+    ("mllama", "vision_model multi_modal_projector", "tiles"),
+    ("blip-2 instructblip", "vision_model qformer language_projection", "tiles"),
+    ("qwen2_audio", "audio_tower multi_modal_projector", "sounds"),
+)
+
+ROW_MAPS: Mapping[str, Mapping[str, str]] = {
+    name: dict.fromkeys(parts.split(), kind) for names, parts, kind in _TOWERS for name in names.split()
+}
+"""model_type → parts whose batch is images, patches or sounds, and how their rows are told (see `rowmaps`)."""
+
+EXPERT_LISTS: Mapping[str, tuple[str, str]] = {
+    "SwitchTransformersExperts": ("selected_experts", "mask"),
+    "NllbMoeExperts": ("router_mask", "one_hot"),
+}
+"""Classes of expert lists on (B·T, d) → the argument of their forward that says which token goes to which expert."""
 
 INNER_PARTS = frozenset(
     {

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .batches import row_maps
 from .errors import LoRAMismatchError
 from .layerinfo import is_held
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .sharding import whole
 from .state import LoRAState
-from .targeting import LayerInfo, describe_layer, resolve, row_maps
+from .targeting import LayerInfo, describe_layer, resolve
 from .values import AdapterValue
 from .weights import compute_dtype, materialised
 
@@ -26,7 +27,7 @@ class Plan:
 
     modules: dict[str, nn.Module]
     infos: dict[str, LayerInfo]
-    row_maps: dict[str, str]  # of every layer, as `targeting.row_maps`
+    row_maps: dict[str, str]  # of every layer, as `batches.row_maps`
 
 
 def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, complete: bool = False) -> Plan:
@@ -93,7 +94,7 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
     return Plan(
         modules,
         infos,
-        row_maps(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases), *value.modules]),
+        row_maps(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases), *value.modules], modules),
     )
 
 

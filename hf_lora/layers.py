@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .errors import LoRAUnsupportedError
 from .routing import rows_of
+from .rowmaps import inner_rows, picked, uniform
 from .slots import CHANNELS_FIRST, LoRASlots
-from .state import LoRAState, active_rows, tracing
+from .state import LoRAState, active_rows, refuse_inner, tracing
 
 __all__ = [
     "BIAS_ADDED",
@@ -101,12 +102,20 @@ class LoRAHeads(nn.Module):
             return output
         if not any(str(entry.check().slot) in self.copies for entry in active.entries):
             return output
+        here = [entry for entry in active.entries if str(entry.slot) in self.copies]
+        if uniform(active):
+            return self.copies[str(here[0].slot)](*args, **kwargs)
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        rows = rows_of(active, x, self.row_map)
-        for entry in active.entries:
-            if str(entry.check().slot) in self.copies:
-                index = torch.tensor([i for i, row in enumerate(rows) if row is entry], device=x.device)
-                output = output.index_copy(0, index, self._rows(entry.slot, index, len(rows), args, kwargs))
+        if self.row_map == "batch":
+            rows = rows_of(active, x, self.row_map)
+            indices = [torch.tensor([i for i, r in enumerate(rows) if r is e], device=x.device) for e in here]
+        else:
+            inner, axis = inner_rows(active, x, self.row_map)
+            if axis or not isinstance(output, Tensor) or len(output) != len(x):
+                refuse_inner()  # it gives another number of entries than it is given
+            indices = [picked(active, e, inner, x.device) for e in here]
+        for entry, index in zip(here, indices, strict=True):
+            output = output.index_copy(0, index, self._rows(entry.slot, index, len(x), args, kwargs))
         return output
 
     def _rows(self, slot: int, index: Tensor, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

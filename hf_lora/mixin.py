@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import loading, merging, summary, switching
 from . import model as placing
 from .config import LoRAConfig
-from .integrations import auto, generation, pretrained, publishing, reporting, trainer, trl
+from .integrations import auto, encoding, generation, pretrained, publishing, reporting, trainer, trl
 from .integrations.patching import Registry
 from .summary import Summary
 from .switching import Which
@@ -245,6 +245,7 @@ def install(registry: Registry) -> None:
             registry.set(PreTrainedModel, name, verb)
     pretrained.install(registry, PreTrainedModel)
     generation.install(registry)
+    encoding.install(registry)
     trainer.install(registry)
     publishing.install(registry)
     reporting.install(registry)

@@ -21,6 +21,7 @@ from .initial import initial_value
 from .layerinfo import HELD
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .routing import batch_of
+from .rowmaps import hook_row_maps, unhook_row_maps
 from .sharding import assign, refuse_sharded, reshard, whole
 from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
@@ -318,6 +319,7 @@ def _attach(model: nn.Module) -> LoRAState:
     setattr(model, _STATE, state)
     setattr(model, _UNSYNCED, _Unsynced(model, tuple(getattr(model, _UNSYNCED, ()))))
     model.register_forward_pre_hook(_check_batch, with_kwargs=True)
+    hook_row_maps(model, state)
     return state
 
 
@@ -351,6 +353,7 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_batch]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
+    unhook_row_maps(model)
 
 
 def _refuse_foreign(model: nn.Module, state: LoRAState | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from . import functional
 from .banks import LoRABanks, Slot, block_index
 from .routing import rows_of, unflattened
+from .rowmaps import inner_rows, picked, uniform
 from .state import Active, Entry, active_rows, tracing
 from .variants import VARIANTS
 
 __all__ = ["CHANNELS_FIRST", "LoRASlots", "Slot", "block_index"]
 
+BATCHED = ("batch", "flat", "windows", "second")  # row maps that need to know no more than the number of rows
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
@@ -23,7 +26,7 @@ CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.G
 class _Plan:
     """What a route is to one layer, gathered once for the route and not for each call."""
 
-    bank: Tensor  # gathered from this one; another has taken its place if the model moved or the bank grew
+    bank: Tensor  # what it was gathered from
     removals: int  # of the state, when the adapters were last seen to be there
     rows: int = 0  # N; 0 where the route adds nothing here
     A: Tensor | None = None  # (N, R, in), frozen factors of each row; None of an embedding
@@ -100,17 +103,45 @@ class LoRASlots(LoRABanks):
     # ---- a route -----------------------------------------------------------------------------------------------------
 
     def _add_routed(self, x: Tensor, output: Tensor, base: nn.Module, active: Active) -> Tensor:
-        plans = active.plans[torch.is_inference_mode_enabled()]
-        plan: _Plan | None = plans.get(self)
-        if plan is None or plan.bank is not self._buffers["bank_A"] or plan.removals != self.state.removals:
-            plan = plans[self] = self._plan(active)
+        if self.row_map != "batch" or (self.kind == "embedding" and x.dim() == 1):  # a table by place, say
+            return self._add_elsewhere(x, output, base, active)
+        plan = self._planned(active)
         if not plan.rows:
             return output
+        if x.shape[0] != plan.rows:
+            rows_of(active, x)  # raises
+        return self._add_planned(x, output, base, plan)
+
+    def _add_elsewhere(self, x: Tensor, output: Tensor, base: nn.Module, active: Active) -> Tensor:
+        """The same where the rows of the layer's batch come from the user's in another way."""
+        here = [entry for entry in active.entries if entry.check().slot in self.slots]
+        if not here:
+            return output
+        if self.row_map not in BATCHED or (self.kind == "embedding" and x.dim() == 1):
+            return self._add_mapped(x, output, base, active, here)
         shape = output.shape
-        if self.row_map != "batch" or x.shape[0] != plan.rows:
-            if self.row_map == "flat" and x.dim() == 2:  # (B·T, d): the rows one after another, so (B, T, d) again
-                x, output = unflattened(active, x), unflattened(active, output)
-            rows_of(active, x, self.row_map)
+        if self.row_map == "second":  # (T, B, d)
+            x, output = x.transpose(0, 1), output.transpose(0, 1)
+        elif self.row_map == "windows" or (self.row_map == "flat" and x.dim() == 2):
+            x, output = unflattened(active, x), unflattened(active, output)  # the rows one after another: (B, T, d)
+        rows_of(active, x, self.row_map)
+        output = self._add_planned(x, output, base, self._planned(active))
+        return output.transpose(0, 1).contiguous() if self.row_map == "second" else output.reshape(shape)
+
+    def _add_mapped(self, x: Tensor, output: Tensor, base: nn.Module, active: Active, here: list[Entry]) -> Tensor:
+        """`output` + the deltas, where the batch is not the rows: each adapter's entries are picked, and put back."""
+        if uniform(active):
+            return self._add_one(x, output, base, here[0].slot, self.slots[here[0].slot], 1.0)
+        rows, axis = inner_rows(active, x, self.row_map)
+        inner, whole = (x, output) if axis == 0 else (x[0], output[0])
+        for entry in here:
+            index = picked(active, entry, rows, x.device)
+            changed = self._add_one(inner[index], whole[index], base, entry.slot, self.slots[entry.slot], 1.0)
+            whole = whole.index_copy(0, index, changed)
+        return whole if axis == 0 else whole[None]
+
+    def _add_planned(self, x: Tensor, output: Tensor, base: nn.Module, plan: _Plan) -> Tensor:
+        """x: (N, …), N the rows of the route."""
         if plan.A is not None and plan.B is not None:
             if x.dtype == output.dtype == plan.A.dtype and output.dim() > 2:
                 output = functional.add_grouped_low_rank(output, x, plan.A, plan.B)
@@ -124,7 +155,22 @@ class LoRASlots(LoRABanks):
         for index, slot, chosen in plan.trained:
             weight = chosen.view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
             output = self._add_one(x, output, base, index, slot, weight)
-        return output if output.shape == shape else output.reshape(shape)
+        return output
+
+    def _planned(self, active: Active) -> _Plan:
+        plans = active.plans[torch.is_inference_mode_enabled()]
+        plan: _Plan | None = plans.get(self)
+        bank = self._buffers["bank_A"]
+        if plan is None or bank is None:
+            plan = plans[self] = self._plan(active)
+        elif plan.bank is not bank:  # it grew; or the model moved
+            same = (plan.bank.dtype, plan.bank.device) == (bank.dtype, bank.device)
+            plan = plans[self] = dataclasses.replace(plan, bank=bank) if same else self._plan(active)
+        if plan.removals != self.state.removals:
+            for entry in active.entries:
+                entry.check()
+            plan.removals = self.state.removals
+        return plan
 
     def _plan(self, active: Active) -> _Plan:
         rows, device = active.rows or (), self.bank_A.device
@@ -168,6 +214,7 @@ class LoRASlots(LoRABanks):
             return output
         traced = self.state.traced
         row_map = "batch" if self.row_map == "flat" and x.dim() != 2 else self.row_map
+        row_map = "inner" if self.kind == "embedding" and x.dim() == 1 else "flat" if row_map == "windows" else row_map
         plain = traced is not None and row_map == "batch"
         slots, weights = traced if plain and traced is not None else active_rows(x, self.state, row_map)
         ones = [1] * (output.dim() - 1)

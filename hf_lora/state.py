@@ -68,6 +68,7 @@ class Active:
     entries: tuple[Entry, ...] = field(init=False, repr=False)  # every adapter named, once, in the order of first use
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what the call chain made of it, as tensors
     plans: tuple[dict[Any, Any], dict[Any, Any]] = field(init=False, repr=False)  # of a route, by layer
+    maps: Any = field(default=None, repr=False)  # the row maps of the forward that is running (see `rowmaps`)
 
     def __post_init__(self) -> None:
         named = (e for e, _ in self.mixture) if self.rows is None else (e for e in self.rows if e is not None)
@@ -250,16 +251,17 @@ def _active_op(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, T
     flat = row_map == "flat"
     for entry in active.entries:
         entry.check()
-    if row_map == "inner" and active.rows is not None:
+    if row_map not in ("batch", "flat") and len(set(active.rows or ())) > 1:
         refuse_inner()
-    key = ("rows", x.shape[0], x.device, width, flat)
+    key = ("rows", x.shape[0], x.device, width, row_map)
     if key not in active.cache:
         if active.rows is None:
             pairs = [[(e.slot, w) for e, w in active.mixture]] * x.shape[0]
         else:
-            each = x.shape[0] // len(active.rows) if flat else 1  # (B·T, d) has T rows for each of the batch
-            check_rows(active.rows, x.shape[0] / max(each, 1))
-            pairs = [[] if e is None else [(e.slot, 1.0)] for e in active.rows for _ in range(each)]
+            rows = active.rows if row_map in ("batch", "flat") else active.rows[:1] * x.shape[0]  # the same for all
+            each = x.shape[0] // len(rows) if flat else 1  # (B·T, d) has T rows for each of the batch
+            check_rows(rows, x.shape[0] / max(each, 1))
+            pairs = [[] if e is None else [(e.slot, 1.0)] for e in rows for _ in range(each)]
         columns = width or max(len(active.mixture), 1)
         pairs = [row + [(0, 0.0)] * (columns - len(row)) for row in pairs]
         slots = torch.tensor([[s for s, _ in row] for row in pairs], dtype=torch.int64, device=x.device)
@@ -288,7 +290,8 @@ def _learns_sizes() -> bool:
 def active_rows(x: Tensor, state: LoRAState, row_map: str = "batch") -> tuple[Tensor, Tensor]:
     """What is active when the graph runs: slots (N, K) int64 and weights (N, K) float32, N the rows of `x`.
 
-    `row_map`: "flat" where x is (B·T, d), the rows of the batch one after another; "inner" where a route is refused.
+    `row_map`: "flat" where x is (B·T, d), the rows of the batch one after another; another than this and "batch" where
+    a route is refused that is not the same for all rows.
 
     K is the number of adapters mixed; a row without adapter has slot 0 and weight 0. With fullgraph=True and without
     gradients K is a size that the graph learns when it runs. Otherwise it is the widest mixture this model has seen:

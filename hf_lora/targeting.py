@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import architectures as arch
+from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
 from .layerinfo import LayerInfo, describe_layer, why_not
@@ -20,7 +21,7 @@ from .matching import Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
 from .survey import Layer, Survey, survey
 
-__all__ = ["LayerInfo", "Resolution", "Target", "describe_layer", "resolve", "roles_of", "row_maps"]
+__all__ = ["LayerInfo", "Resolution", "Target", "describe_layer", "resolve", "roles_of"]
 
 _ALL_LINEAR = "all-linear"
 
@@ -121,6 +122,7 @@ class _Resolver:
         self._check_patterns(paths)
         values = self.config.resolve(paths)
         targets = tuple(self._target(path, asked[path], *values[path]) for path in paths)
+        maps = row_maps(self.model, paths, self.seen.modules)
         if self.words.used_roles:
             for part, model_type in self.seen.guessed_parts.items():
                 if any(target.path.startswith(f"{part}.") for target in targets):
@@ -130,7 +132,7 @@ class _Resolver:
             heads=tuple(heads),
             architecture=self.seen.model_type if self.seen.known else None,
             skipped=tuple(self.words.skipped),
-            inner=tuple(target.path for target in targets if _is_inner(self.seen.model_type, self.model, target.path)),
+            inner=tuple(path for path, row_map in maps.items() if row_map == "inner" or ":" in row_map),
         )
 
     # -- what is asked for ------------------------------------------------------------------------------------------
@@ -387,35 +389,6 @@ def _blocks(layer: Layer, roles: frozenset[str] | None) -> tuple[tuple[str, tupl
 def _outermost(paths: Iterable[str]) -> list[str]:
     unique = list(dict.fromkeys(paths))
     return [path for path in unique if not any(path.startswith(f"{other}.") for other in unique)]
-
-
-def row_maps(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """How the rows of a layer's batch come from the user's: "batch", "flat" (B·T, …) or "inner" (no known way).
-
-    A layer is "inner" that runs inside another batch (images of a vision tower, tokens of an expert, positions).
-    """
-    config = vars(model).get("config")
-    model_type = getattr(config, "model_type", None)
-    text_type = getattr(getattr(config, "text_config", None), "model_type", model_type)
-    flat = arch.FLATTENED.get(text_type or "", frozenset())
-    return {
-        path: "inner"
-        if _is_inner(model_type, model, path)
-        else "flat"
-        if path.rpartition(".")[2] in flat or not arch.SHARED_EXPERTS.isdisjoint(path.split("."))
-        else "batch"
-        for path in paths
-    }
-
-
-def _is_inner(model_type: str | None, model: nn.Module, path: str) -> bool:
-    parts = path.split(".")
-    if "experts" in parts or arch.POSITIONS.search(parts[-1]):
-        return True
-    if model_type in arch.DUAL_ENCODERS:
-        return False
-    config = vars(model).get("config")
-    return getattr(config, "text_config", None) is not None and not arch.INNER_PARTS.isdisjoint(parts)
 
 
 def _span(numbers: Collection[int]) -> str:

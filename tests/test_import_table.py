@@ -28,19 +28,21 @@ TABLE: dict[str, str] = {
     "sharding": "errors",
     "state": "errors",
     "routing": "errors state",
+    "rowmaps": "architectures errors state",
     # targeting: names and roles to layers; `architectures` is its data
     "architectures": "",
     "rows": "architectures",
+    "batches": "architectures",
     "layerinfo": "architectures",
     "survey": "architectures layerinfo rows",
     "matching": "architectures errors layerinfo patterns survey",
-    "targeting": "architectures config errors layerinfo matching patterns survey",
+    "targeting": "architectures batches config errors layerinfo matching patterns survey",
     # layers
     "weights": "errors sharding",
     "variants": "errors functional weights",
     "banks": "functional state",
-    "slots": "banks functional routing state variants",
-    "layers": "errors functional routing slots state variants weights",
+    "slots": "banks functional routing rowmaps state variants",
+    "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
     "values": "config errors",
@@ -58,8 +60,8 @@ TABLE: dict[str, str] = {
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
     "initial": "config errors fitting layerinfo targeting values weights",
-    "fitting": "config errors layerinfo layers sharding state targeting values weights",
-    "model": "config errors facts fitting initial layerinfo layers routing sharding slots state targeting values weights",  # noqa: E501
+    "fitting": "batches config errors layerinfo layers sharding state targeting values weights",
+    "model": "config errors facts fitting initial layerinfo layers routing rowmaps sharding slots state targeting values weights",  # noqa: E501
     "switching": "errors model state",
     "merging": "errors layerinfo layers model sharding state switching targeting weights",
     "optimizer": "errors layers model",
@@ -69,7 +71,7 @@ TABLE: dict[str, str] = {
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "errors facts hub loading store values",
     # transformers
-    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing sharding slots state store switching values",  # noqa: E501
+    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
