@@ -33,10 +33,10 @@ class LoRABanks(nn.Module):
     """The adapters of one layer, by slot.
 
     A trainable adapter is a pair of Parameters `A<slot>` (R, in) and `B<slot>` (out, R), in float32. Frozen ones stand
-    in two buffers, `bank_A` (rows, R_max, in) and `bank_B` (rows, R_max, out), padded with zeros to the largest rank, in
-    the layer's compute dtype, their scaling already in B. Slot s has row s + 1; row 0 is zero, for the rows of a batch
-    that have no adapter here. `places` (rows,) says which row a slot has: 0 for one that has no frozen factors here. A
-    trained bias is held, frozen, as its difference from the layer's own, in `bank_bias` (rows, out).
+    in two buffers, `bank_A` (rows, R_max, in) and `bank_B` (rows, R_max, out), padded with zeros to the largest rank,
+    in the layer's compute dtype, their scaling already in B. Slot s has row s + 1; row 0 is zero, for the rows of a
+    batch that have no adapter here. `places` (rows,) says which row a slot has: 0 for one without frozen factors here.
+    A trained bias is held, frozen, as its difference from the layer's own, in `bank_bias` (rows, out).
     """
 
     bank_A: Tensor

@@ -14,8 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import Token
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 from . import architectures as arch
 from .errors import LoRARouteError
-from .state import _OVERRIDES, Active, Entry, LoRAState, check_rows, refuse_inner
+from .routing import batch_of
+from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed
 
 __all__ = ["MAPPED", "Rows", "hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
 
@@ -59,7 +59,7 @@ class _Call:
     module: nn.Module
     maps: Mapping[str, tuple[Rows, ...]]
     outer: Any = None  # the maps of the forward around this one
-    token: Token[Any] | None = None
+    block: Block | None = None
 
     def find(self, name: str) -> tuple[Rows, ...] | None:
         found = self.maps.get(name)
@@ -126,14 +126,14 @@ class _Hook:
         maps = _read(module, given, len(active.rows), wanted) if wanted else {}
         if any(maps.values()):
             call = _Call(module, maps, active.maps)
-            call.token = _OVERRIDES.set({**_OVERRIDES.get(), self.state.uid: replace(active, maps=call)})
+            call.block = self.state.enter(active.mapped(call))
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a batch that the route does not fit before anything runs: generate() calls an encoder by itself."""
         rows = None if torch.compiler.is_compiling() else self.state.current.rows
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
-        if rows is not None and first is not None:
-            check_rows(rows, first.shape[0])
+        batch = None if rows is None else batch_of(module, args[0] if args else None, kwargs)
+        if rows is not None and batch is not None:
+            check_rows(rows, batch)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -142,14 +142,14 @@ class _Hook:
     def leave(self, module: nn.Module) -> None:
         """Forget the maps again."""
         call = self.state.current.maps
-        if isinstance(call, _Call) and call.module is module and call.token is not None:
-            _OVERRIDES.reset(call.token)
+        if isinstance(call, _Call) and call.module is module and call.block is not None:
+            leave(call.block)
 
 
 @contextmanager
 def told(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     """Within the block parts of the model may run by themselves: `given` is what its forward would be given."""
-    hooks = [] if not any(active.rows for active in _OVERRIDES.get().values()) else list(_hooked(model))
+    hooks = list(_hooked(model)) if routed() else []
     with ExitStack() as stack:
         for module, hook in hooks:
             hook.enter(module, given)

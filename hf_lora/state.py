@@ -26,11 +26,12 @@ from torch import Tensor
 
 from .errors import LoRANameError, LoRARouteError, LoRAStateError
 
-__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows", "routed", "tracing"]
+__all__ = ["NOTHING", "Active", "Entry", "LoRAState", "active_rows", "leave", "routed", "tracing"]
 
 _OVERRIDES: ContextVar[Mapping[int, Active]] = ContextVar("hf_lora_overrides", default=MappingProxyType({}))
-_BLOCKS: ContextVar[tuple[tuple[int, Active, object], ...]] = ContextVar("hf_lora_blocks", default=())  # innermost last
+_BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("hf_lora_blocks", default=())  # the open ones, innermost last
 _STATES: weakref.WeakValueDictionary[int, LoRAState] = weakref.WeakValueDictionary()
+Block = tuple[int, "Active", object]  # the state's uid, what is active in it, and what makes it unlike any other
 _UIDS = itertools.count(1)
 _COUNTING = threading.Lock()
 
@@ -81,6 +82,12 @@ class Active:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # what was gathered stays with the model that it was gathered for
+
+    def mapped(self, maps: Any) -> Active:
+        """The same with row maps; what was gathered is shared."""
+        other = Active(self.mixture, self.rows, self.cache, maps)
+        other.plans = self.plans
+        return other
 
     @property
     def nbytes(self) -> int:
@@ -170,8 +177,7 @@ class LoRAState:
         with _COUNTING:
             for entry in entries:
                 entry.check().users += 1
-        mine = (self.uid, active, object())
-        _see((*_BLOCKS.get(), mine))
+        mine = self.enter(active)
         try:
             yield
             if all(block is not mine for block in _BLOCKS.get()):
@@ -182,11 +188,16 @@ class LoRAState:
                     "or run all of it in one context (contextvars.copy_context()).",
                 )
         finally:
-            # Not ContextVar.reset: a generator that is closed late would take away blocks opened after its own.
-            _see(tuple(block for block in _BLOCKS.get() if block is not mine))
+            leave(mine)
             with _COUNTING:
                 for entry in entries:
                     entry.users -= 1
+
+    def enter(self, active: Active) -> Block:
+        """Open a block: `active` is what the current call chain sees until `leave`."""
+        mine = (self.uid, active, object())
+        _see((*_BLOCKS.get(), mine))
+        return mine
 
     def require_unused(self, verb: str, entries: Iterable[Entry]) -> None:
         """Raise `LoRAStateError` if an open block, in any thread, names one of the adapters."""
@@ -227,7 +238,13 @@ class LoRAState:
         return bound
 
 
-def _see(blocks: tuple[tuple[int, Active, object], ...]) -> None:
+def leave(mine: Block) -> None:
+    """Close a block that was entered here."""
+    # Not ContextVar.reset: a generator that is closed late would take away blocks opened after its own.
+    _see(tuple(block for block in _BLOCKS.get() if block is not mine))
+
+
+def _see(blocks: tuple[Block, ...]) -> None:
     """Make these the open blocks of the current call chain."""
     _BLOCKS.set(blocks)
     _OVERRIDES.set(MappingProxyType({uid: active for uid, active, _ in blocks}))

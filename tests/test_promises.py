@@ -747,7 +747,7 @@ def test_a_frozen_adapter_is_cast_once_to_the_bases_dtype(dtype: torch.dtype, tm
     model.load_lora(tmp_path / "task")
     held = [b for path, b in model.named_buffers() if "lora" in path and b.numel()]
     assert held
-    assert {buffer.dtype for buffer in held} == {dtype}
+    assert {buffer.dtype for buffer in held if buffer.is_floating_point()} == {dtype}
 
     class Any_(TorchDispatchMode):
         def __init__(self) -> None:
