@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,22 +28,35 @@ class Slot:
     variant: str = "plain"
     blocks: tuple[Any, ...] = ()  # the fused layer's (role, rows) that the pair is made of; () for the whole layer
     bias: bool = False
+    dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
+
+    def exact_in(self, bank: torch.dtype, dtype: torch.dtype) -> bool:
+        """Whether factors of `dtype` can be read back from a bank, bit for bit: B · 2^n / 2^n is B, rounding is not."""
+        doubled = self.scaling >= 1 and math.frexp(self.scaling)[0] == 0.5
+        return doubled and torch.promote_types(bank, dtype) == bank
 
 
 class LoRABanks(nn.Module):
     """The adapters of one layer, by slot.
 
     A trainable adapter is a pair of Parameters `A<slot>` (R, in) and `B<slot>` (out, R), in float32. Frozen ones stand
-    in two buffers, `bank_A` (rows, R_max, in) and `bank_B` (rows, R_max, out), padded with zeros to the largest rank,
-    in the layer's compute dtype, their scaling already in B. Slot s has row s + 1; row 0 is zero, for the rows of a
-    batch that have no adapter here. `places` (rows,) says which row a slot has: 0 for one without frozen factors here.
-    A trained bias is held, frozen, as its difference from the layer's own, in `bank_bias` (rows, out).
+    in two buffers, `bank_A` (slots, R_max, in) and `bank_B` (slots, R_max, out), padded with zeros to the largest rank,
+    in the layer's compute dtype, their scaling already in B. `present` (slots + 1,) says which slots have frozen
+    factors here; the last one stands for every slot beyond the banks, and is never set. A trained bias is held, frozen,
+    as its difference from the layer's own, in `bank_bias` (slots, out).
     """
 
+    state: LoRAState
+    kind: str
+    row_map: str
+    in_features: int
+    out_features: int
+    slots: dict[int, Slot]
+    masters: dict[int, tuple[Tensor, Tensor]]  # what `read` gives of adapters whose bank was cast to a smaller dtype
     bank_A: Tensor
     bank_B: Tensor
     bank_bias: Tensor
-    places: Tensor
+    present: Tensor
 
     def __init__(
         self,
@@ -56,15 +70,15 @@ class LoRABanks(nn.Module):
         row_map: str = "batch",
     ) -> None:
         super().__init__()
-        self.state, self.kind, self.row_map = state, kind, row_map
-        self.in_features, self.out_features = in_features, out_features
-        self.slots: dict[int, Slot] = {}
+        # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
+        vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
+        vars(self).update(slots={}, masters={})
         empty = torch.empty(0, device=device, dtype=dtype)
-        self._buffers.update(  # as register_buffer(persistent=False), which takes longer for hundreds of layers
+        self._buffers.update(
             bank_A=empty.view(0, 0, in_features),
             bank_B=empty.view(0, 0, out_features),
             bank_bias=empty.view(0, out_features),
-            places=torch.empty(0, device=device, dtype=torch.int64),
+            present=torch.zeros(1, device=device, dtype=torch.bool),
         )
         self._non_persistent_buffers_set.update(self._buffers)
 
@@ -88,40 +102,42 @@ class LoRABanks(nn.Module):
     def put_frozen(self, index: int, slot: Slot, A: Tensor | None, B: Tensor | None, bias: Tensor | None) -> None:
         """Write an adapter into the banks, cast once. A: (R, in). B: (out, R), unscaled, dense. bias: b' − b (out,)."""
         self.remove(index)
-        row = index + 1
         if A is not None and B is not None:
-            self.reserve(row + 1, slot.rank)
-            own_A, own_B = self._buffers["bank_A"][row], self._buffers["bank_B"][row]  # type: ignore[index]
+            self.reserve(index + 1, slot.rank)
+            own_A, own_B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
             if slot.rank < own_A.shape[0]:
                 own_A[slot.rank :].zero_()
                 own_B[slot.rank :].zero_()
                 own_A, own_B = own_A[: slot.rank], own_B[: slot.rank]
             own_A.copy_(A)
             own_B.copy_(B.T if slot.scaling == 1 else _wide(B.to(own_B.device)).T * slot.scaling)
-            self._buffers["places"][index] = row  # type: ignore[index]
+            self._buffers["present"][index] = True  # type: ignore[index]
+            if slot.exact_in(own_B.dtype, B.dtype) and not own_B.is_meta:
+                slot.dtype = B.dtype
         if bias is not None:
-            if row >= self.bank_bias.shape[0]:
-                self.bank_bias = _grown(self.bank_bias, (_capacity(row + 1), self.out_features))
-            self.bank_bias[row].copy_(bias)
+            if index >= self.bank_bias.shape[0]:
+                self.bank_bias = _grown(self.bank_bias, (_capacity(index + 1), self.out_features))
+            self.bank_bias[index].copy_(bias)
         self.slots[index] = slot
 
-    def reserve(self, rows: int, rank: int) -> None:
-        """Let the banks hold so many rows (slots + 1) of this rank.
+    def reserve(self, slots: int, rank: int) -> None:
+        """Let the banks hold so many slots of this rank.
 
-        The number of rows doubles, so that loading n adapters copies O(n), and a compiled graph sees few new shapes.
+        The number of slots doubles, so that loading n adapters copies O(n), and a compiled graph sees few new shapes.
         """
         have, widest = self._buffers["bank_A"].shape[:2]  # type: ignore[union-attr]
-        if rows <= have and rank <= widest:
+        if slots <= have and rank <= widest:
             return
-        size, widest = have if rows <= have else _capacity(rows), max(widest, rank)
+        size, widest = have if slots <= have else _capacity(slots), max(widest, rank)
         # Another thread may be reading them one after the other; it takes the rank that both have.
-        self.bank_A = _grown(self.bank_A, (size, widest, self.in_features))
-        self.bank_B = _grown(self.bank_B, (size, widest, self.out_features))
-        self.places = _grown(self.places, (size,))
+        self._buffers["bank_A"] = _grown(self.bank_A, (size, widest, self.in_features))
+        self._buffers["bank_B"] = _grown(self.bank_B, (size, widest, self.out_features))
+        self._buffers["present"] = _grown(self.present, (size + 1,))
 
     def remove(self, index: int) -> None:
-        """Forget an adapter; nobody reads its row of the banks until another is written there."""
+        """Forget an adapter; nobody reads its place in the banks until another is written there."""
         slot = self.slots.pop(index, None)
+        self.masters.pop(index, None)
         if slot is None:
             return
         for name in (f"A{index}", f"B{index}", f"bias{index}"):
@@ -131,15 +147,23 @@ class LoRABanks(nn.Module):
             self._non_persistent_buffers_set.discard(name)
         if not slot.trainable:
             if slot.rank:
-                self.places[index] = 0
+                self.present[index] = False
             if slot.bias:
-                self.bank_bias[index + 1].zero_()
+                self.bank_bias[index].zero_()
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""
         rank = self.slots[index].rank
-        A, B = self._buffers["bank_A"][index + 1], self._buffers["bank_B"][index + 1]  # type: ignore[index]
+        A, B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
         return (A, B) if A.shape[0] == rank == B.shape[0] else (A[:rank], B[:rank])
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R), unscaled, of a frozen adapter whose slot has a dtype: copies, on the CPU."""
+        if index in self.masters:
+            return self.masters[index]
+        slot, (A, B) = self.slots[index], self.frozen(index)
+        own = A.to("cpu", slot.dtype, copy=True)
+        return own, (B.to("cpu").T / slot.scaling).to(own.dtype).contiguous()
 
     def dense(
         self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
@@ -172,9 +196,17 @@ class LoRABanks(nn.Module):
     def bias_delta(self, index: int, bias: Tensor | None) -> Tensor:
         """What the adapter changes the bias by, b' − b, (out,)."""
         if not self.slots[index].trainable:
-            return self.bank_bias[index + 1]
+            return self.bank_bias[index]
         trained: Tensor = getattr(self, f"bias{index}")
         return trained if bias is None else trained - bias.to(trained.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRABanks:
+        dtype = fn(self.bank_A.new_empty(0)).dtype
+        for index, slot in self.slots.items():  # model.half(), say: what was loaded stays, to be saved again
+            if slot.dtype is not None and torch.promote_types(dtype, slot.dtype) != dtype:
+                self.masters[index] = self.read(index)
+        applied: LoRABanks = super()._apply(fn, recurse)
+        return applied
 
     def _replicate_for_data_parallel(self) -> LoRABanks:
         replica: LoRABanks = super()._replicate_for_data_parallel()
@@ -193,8 +225,8 @@ def block_index(blocks: tuple[Any, ...], rank: int) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(columns)
 
 
-def _capacity(rows: int) -> int:
-    return 1 << (rows - 1).bit_length()
+def _capacity(slots: int) -> int:
+    return 1 << (slots - 1).bit_length()
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -202,7 +234,14 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _grown(bank: Tensor, shape: tuple[int, ...]) -> Tensor:
-    grown = bank.new_zeros(shape)
-    if bank.numel():
-        grown[tuple(slice(0, n) for n in bank.shape)].copy_(bank)
+    """The bank with more rows, or wider ones, of zeros."""
+    rows = len(bank)
+    if bank.shape[1:] != shape[1:] or not rows:
+        grown = bank.new_zeros(shape)
+        if bank.numel():
+            grown[tuple(slice(0, n) for n in bank.shape)].copy_(bank)
+        return grown
+    grown = bank.new_empty(shape)
+    grown[:rows].copy_(bank)
+    grown[rows:].zero_()
     return grown

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import row_maps
 from .errors import LoRAMismatchError
-from .layerinfo import is_held
+from .layerinfo import is_held, modules_of
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .sharding import whole
 from .state import LoRAState
@@ -20,27 +22,39 @@ from .weights import compute_dtype, materialised
 
 __all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state"]
 
+_MOST_NAMED = 64  # kinds of adapters (sets of targets) of which a model remembers what they name
+
 
 @dataclass
 class Plan:
     """What `put` found in the model for each path of the value."""
 
-    modules: dict[str, nn.Module]
-    infos: dict[str, LayerInfo]
-    row_maps: dict[str, str]  # of every layer, as `batches.row_maps`
+    modules: Mapping[str, nn.Module]
+    infos: dict[str, LayerInfo]  # of layers that hold no adapter yet
+    row_maps: dict[str, str]  # of the same layers, as `batches.row_maps`
 
 
-def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, complete: bool = False) -> Plan:
+def make_plan(
+    model: nn.Module,
+    value: AdapterValue,
+    state: LoRAState | None,
+    *,
+    complete: bool = False,
+    finite: bool = False,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> Plan:
     """Find the module of every path of the value.
 
     Args:
         state: the adapters on the model already, or None.
         complete: also refuse a value that lacks what its config names on this model.
+        finite: its tensors were looked through already.
+        modules: the model's modules by name, if at hand.
 
     Raises:
         LoRAMismatchError: it does not fit; lists every problem.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model) if modules is None else modules
     infos: dict[str, LayerInfo] = {}
     problems: list[str] = []
     heads = {h for e in (state.entries.values() if state else ()) for h in e.record.heads}
@@ -52,17 +66,22 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
         if path in heads:
             problems.append(f"{path}: another adapter on this model trains it whole (modules_to_save)")
             continue
-        info = describe_layer(module)
-        if info is None:
-            problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
-            continue
-        kind = "embedding" if info.kind == "embedding" else "linear"
-        want, got = (info.in_features, info.out_features), (factors.in_features, factors.out_features)
+        held: Any = module._modules.get("lora_slots")
+        if held is not None and held.kind != "bias":
+            kind, want = held.kind, (held.in_features, held.out_features)
+        else:
+            info = describe_layer(module)
+            if info is None:
+                problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
+                continue
+            infos[path] = info
+            kind = "embedding" if info.kind == "embedding" else "linear"
+            want = (info.in_features, info.out_features)
+        got = (factors.in_features, factors.out_features)
         if kind != factors.kind:
             problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
         elif want != got:
             problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
-        infos[path] = info
     for path, bias in value.biases.items():
         owner = modules.get(path.rpartition(".")[0])
         own = getattr(owner, "bias", None)
@@ -76,13 +95,12 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
         problems += head_problems(path, modules.get(path), tensors)
     for path, copied in value.embeddings.items():
         problems += _embedding_problems(path, modules.get(path.rpartition(".")[0]), copied)
-    for tensor_path, tensor in _tensors(value):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{tensor_path}: holds NaN or infinite values")
+    if not finite:
+        problems += _not_finite(value)
     if not problems:
         problems += _overflows(model, value, modules)
     if complete and not problems:
-        problems += _missing(model, value)
+        problems += _missing(model, value, state, modules)
     if problems:
         raise LoRAMismatchError(
             f"The adapter does not fit this {type(model).__name__}: {len(problems)} problem(s). Nothing was loaded.",
@@ -91,11 +109,21 @@ def make_plan(model: nn.Module, value: AdapterValue, state: LoRAState | None, co
             remedy=_remedy(value, modules),
             facts=problems,
         )
-    return Plan(
-        modules,
-        infos,
-        row_maps(model, [*value.factors, *(path.rpartition(".")[0] for path in value.biases), *value.modules], modules),
-    )
+    fresh = [*infos, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
+    return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {})
+
+
+def _not_finite(value: AdapterValue) -> list[str]:
+    tensors = {path: t for path, t in _tensors(value) if t.is_floating_point() and not t.is_meta}
+    # A finite sum has finite terms; only where it is not are the terms looked at, since finite terms may overflow.
+    doubtful = [path for path, t in tensors.items() if not math.isfinite(float(t.detach().sum(dtype=_wide(t))))]
+    return [
+        f"{path}: holds NaN or infinite values" for path in doubtful if not bool(torch.isfinite(tensors[path]).all())
+    ]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -104,32 +132,62 @@ def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.M
     changes = [(path, "A", f.A, 1.0) for path, f in value.factors.items()]
     changes += [(path, "scaling · B", f.B, f.scaling) for path, f in value.factors.items()]
     changes += [(path.rpartition(".")[0], "its bias", bias, 1.0) for path, bias in value.biases.items()]
+    fits: dict[tuple[torch.dtype, torch.dtype, float], bool] = {}  # whatever the values
+    dtypes: dict[str, torch.dtype] = {}
     for path, what, tensor, scaling in changes:
-        dtype = compute_dtype(modules[path], model)
-        most = torch.finfo(dtype).max
-        if tensor.is_meta or most >= torch.finfo(tensor.dtype).max / max(abs(scaling), 1):
+        dtype = dtypes.get(path)
+        if dtype is None:
+            dtype = dtypes[path] = compute_dtype(modules[path], model)
+        key = (dtype, tensor.dtype, scaling)
+        if key not in fits:
+            fits[key] = torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max / max(abs(scaling), 1)
+        if fits[key] or tensor.is_meta:
             continue
-        largest = float(tensor.abs().max()) * abs(scaling)
+        largest, most = float(tensor.abs().max()) * abs(scaling), torch.finfo(dtype).max
         if largest > most:
             problems.append(f"{path}: {what} reaches {largest:.3g}, which {dtype} cannot hold (most {most:.3g})")
     return problems
 
 
-def _missing(model: nn.Module, value: AdapterValue) -> list[str]:
+def _missing(
+    model: nn.Module, value: AdapterValue, state: LoRAState | None, modules: Mapping[str, nn.Module]
+) -> list[str]:
     """What the config names on this model and the file does not hold."""
-    found = resolve(model, value.config, from_file=True)
-    targets = [target.path for target in found.targets if target.path not in value.factors]
-    biases = [f"{path}.bias" for path in value.factors if getattr(model.get_submodule(path), "bias", None) is not None]
-    wanted = [path for path in biases if value.config.bias != "none" and path not in value.biases]
+    targets, heads = _named(model, value, state, modules)
+    missing = [path for path in targets if path not in value.factors]
+    wanted: list[str] = []
+    if value.config.bias != "none":
+        biases = [f"{path}.bias" for path in value.factors if getattr(modules[path], "bias", None) is not None]
+        wanted = [path for path in biases if path not in value.biases]
     return (
-        [f"{path}: the config names it, the file has no factors for it" for path in targets]
+        [f"{path}: the config names it, the file has no factors for it" for path in missing]
         + [
             f"{path}: the config names it (modules_to_save), the file does not hold it"
-            for path in found.heads
+            for path in heads
             if path not in value.modules
         ]
         + [f"{path}: the config trains it (bias={value.config.bias!r}), the file does not hold it" for path in wanted]
     )
+
+
+def _named(
+    model: nn.Module, value: AdapterValue, state: LoRAState | None, modules: Mapping[str, nn.Module]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of the targets and heads that a file's config names; remembered for the next adapter of the same kind."""
+    c = value.config
+    asked = (
+        *(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern),
+        *(c.modules_to_save, c.task_type),
+    )
+    known = {} if state is None else state.facts.setdefault("named", {})
+    layers = tuple((path, getattr(type(m), "lora_base", type(m))) for path, m in modules.items())
+    found = known.get(asked)
+    if found is None or found[0] != layers:
+        resolved = resolve(model, c, from_file=True)
+        found = (layers, tuple(target.path for target in resolved.targets), resolved.heads)
+        if len(known) < _MOST_NAMED:
+            known[asked] = found
+    return found[1:]
 
 
 def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:

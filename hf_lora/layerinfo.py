@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from .architectures import EXPERT_PARAMETERS
 
-__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "why_not"]
+__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "why_not"]
 
 
 # Names of the children that hf_lora gives to a module: what adapters hold is not part of the base.
@@ -20,6 +21,24 @@ HELD = frozenset({"lora_slots", "lora_heads"})
 def is_held(path: str) -> bool:
     """Whether a module's, parameter's or state-dict path lies within what adapters hold, rather than in the base."""
     return not HELD.isdisjoint(path.split("."))
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base by each of its names, without what adapters hold.
+
+    As `named_modules(remove_duplicate=False)`, in its order, several times faster.
+    """
+    found: dict[str, nn.Module] = {}
+    _collect("", model, found)
+    return found
+
+
+def _collect(path: str, module: nn.Module, found: dict[str, nn.Module]) -> None:
+    found[path] = module
+    start = f"{path}." if path else ""
+    for name, child in module._modules.items():
+        if child is not None and name not in HELD:
+            _collect(start + name, child, found)
 
 
 @dataclass(frozen=True)
@@ -88,9 +107,10 @@ def describe_layer(module: nn.Module) -> LayerInfo | None:
         if _refused(module) is not None:
             return None
         return LayerInfo("embedding", module.num_embeddings, module.embedding_dim)
-    classes = _own_class(module).__mro__
+    own: Any = _own_class(module)
+    linear, conv1d = _looks(own)
     sizes = vars(module)
-    if isinstance(module, nn.Linear) or any("Linear" in cls.__name__ for cls in classes):
+    if linear:
         fan_in, fan_out = sizes.get("in_features"), sizes.get("out_features")
         if not (isinstance(fan_in, int) and isinstance(fan_out, int)) or _refused(module) is not None:
             return None
@@ -99,9 +119,16 @@ def describe_layer(module: nn.Module) -> LayerInfo | None:
             return None
         return LayerInfo("linear", fan_in, fan_out)
     nx, nf = sizes.get("nx"), sizes.get("nf")
-    if isinstance(nx, int) and isinstance(nf, int) and any(cls.__name__ == "Conv1D" for cls in classes):
+    if isinstance(nx, int) and isinstance(nf, int) and conv1d:
         return LayerInfo("conv1d", nx, nf)
     return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _looks(cls: Any) -> tuple[bool, bool]:
+    """Whether a class is Linear-like by its name, or a base's, and whether it is a Conv1D."""
+    names = [base.__name__ for base in cls.__mro__]
+    return issubclass(cls, nn.Linear) or any("Linear" in name for name in names), "Conv1D" in names
 
 
 def why_not(module: nn.Module) -> tuple[str, bool]:
@@ -131,7 +158,18 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _refused(module: nn.Module) -> str | None:
-    own = _own_class(module)
+    own: Any = _own_class(module)
+    reason: str | None = _refused_class(own)
+    if reason is not None or not isinstance(module, nn.Embedding):
+        return reason
+    # A scaled embedding looks up its input and multiplies; OPT's and BART's positions make their own ids.
+    plain = own.forward is nn.Embedding.forward
+    looks_up = plain or hasattr(module, "embed_scale") or own.__module__.partition(".")[0] in _QUANTISERS
+    return None if looks_up else "its forward looks up something else than the ids that it is given (positions, say)"
+
+
+@functools.lru_cache(maxsize=1024)
+def _refused_class(own: Any) -> str | None:
     plain = own.forward in (nn.Linear.forward, nn.Embedding.forward)
     for cls in own.__mro__:
         if cls in (nn.Linear, nn.Embedding, nn.Module):
@@ -139,8 +177,4 @@ def _refused(module: nn.Module) -> str | None:
         for rule in _REFUSED:
             if not (rule.overridden and plain) and rule.name.search(cls.__name__):
                 return rule.reason
-    # A scaled embedding looks up its input and multiplies; OPT's and BART's positions make their own ids.
-    looks_up = plain or hasattr(module, "embed_scale") or own.__module__.partition(".")[0] in _QUANTISERS
-    if isinstance(module, nn.Embedding) and not looks_up:
-        return "its forward looks up something else than the ids that it is given (positions, say)"
     return None

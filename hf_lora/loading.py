@@ -115,7 +115,8 @@ def load_lora(
     name = called if name is None else name
     if not force:
         _require_same_base(model, value)
-    put(model, value, name, trainable=trainable, replace=replace, complete=not isinstance(source, AdapterValue))
+    read_here = not isinstance(source, AdapterValue)
+    put(model, value, name, trainable=trainable, replace=replace, complete=read_here, finite=read_here)
     return name
 
 

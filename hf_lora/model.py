@@ -18,14 +18,14 @@ from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateE
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
-from .layerinfo import HELD
+from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .routing import batch_of
 from .rowmaps import hook_row_maps, unhook_row_maps
 from .sharding import assign, refuse_sharded, reshard, whole
 from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
-from .targeting import LayerInfo, Resolution, describe_layer, resolve
+from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of, materialised
 
@@ -54,7 +54,7 @@ class Resident:
     layers: tuple[str, ...]  # paths of layers with factors
     biases: tuple[str, ...]  # paths of parameters
     heads: tuple[str, ...]  # paths of modules trained whole
-    value: AdapterValue | None = None  # a frozen adapter as it came, so that saving it again loses nothing
+    value: AdapterValue | None = None  # a frozen adapter as it came, unless the banks hold every bit of it
     skipped: tuple[str, ...] = ()  # what targeting left out, for the summary
     architecture: str | None = ""  # whose table gave the roles; None: told from structure; "": loaded, roles not needed
     run: RunFacts | None = None  # how it was trained, for its card
@@ -141,6 +141,7 @@ def put(
     replace: bool = False,
     active: bool | None = None,
     complete: bool = False,
+    finite: bool = False,
 ) -> None:
     """Put an adapter on a model: all of it, or nothing.
 
@@ -151,6 +152,7 @@ def put(
         replace: put it in place of the adapter of this name.
         active: make it the only active one; None does so only if nothing is active.
         complete: also refuse a value that lacks what its config names on this model (a file with tensors missing).
+        finite: it was just read from a file, which looks for values that are not finite; not again.
 
     Raises:
         LoRAMismatchError: it does not fit; lists every missing module and wrong shape. The model is as before.
@@ -165,7 +167,8 @@ def put(
         )
     value.config.require_supported()
     state = state_of(model)
-    _refuse_foreign(model, state)
+    modules = modules_of(model)
+    _refuse_foreign(model, state, modules)
     if state is not None:
         state.require_unmerged("add_lora")
         if state.overridden and any(state.current.entries):
@@ -187,21 +190,21 @@ def put(
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
     reshard(model)
-    plan = make_plan(model, value, state, complete)
+    plan = make_plan(model, value, state, complete=complete, finite=finite, modules=modules)
     fresh = state is None
     state = _attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
         entry = Entry(name, state.free_slot(), trainable)
         resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
-        resident.value = None if trainable else value
         entry.record = resident
         try:
-            _write(model, state, entry, value, plan)
+            held = _write(model, state, entry, value, plan)
         except BaseException:
             _erase(model, entry)
             if fresh:
                 _detach(model, state)
             raise
+        resident.value = None if held else value
         old = state.entries.get(name)
         if old is not None:
             _succeed(state, old, entry)
@@ -217,10 +220,13 @@ def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
         state.default = Active(tuple((new if e is old else e, w) for e, w in state.default.mixture))
 
 
-def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> None:
+def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> bool:
+    """Put the value into the layers. Returns whether they now hold every bit of it."""
+    rslora = value.config.use_rslora
+    held = not (value.biases or value.modules or value.embeddings)
     for path, factors in value.factors.items():
-        module, info = plan.modules[path], plan.infos[path]
-        slots = _slots(model, state, module, path, info, plan.row_maps[path])
+        module = plan.modules[path]
+        slots = _slots(model, state, module, path, plan)
         bias = value.biases.get(f"{path}.bias")
         slot = Slot(
             factors.rank,
@@ -240,12 +246,13 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             slots.put_trainable(entry.slot, slot, A.to(master), B.to(master), _master(bias))
         else:
             slots.put_frozen(entry.slot, slot, A, B, _bias_change(module, bias))
+            held = held and slot.dtype is not None and factors.use_rslora == rslora
     for path, bias in value.biases.items():
         owner = path.rpartition(".")[0]
         if owner in value.factors:
             continue
         module = plan.modules[owner]
-        slots = _slots(model, state, module, owner, describe_layer(module), plan.row_maps[owner])
+        slots = _slots(model, state, module, owner, plan)
         slot = Slot(trainable=entry.trainable, bias=True)
         if entry.trainable:
             slots.put_trainable(entry.slot, slot, None, None, _master(bias))
@@ -260,6 +267,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             module.lora_heads.train(module.training)
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
+    return held or entry.trainable
 
 
 def _head_copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -292,19 +300,20 @@ def _bias_change(module: nn.Module, bias: Tensor | None) -> Tensor | None:
     return bias.to(own.device, wide) - own.to(wide)
 
 
-def _slots(
-    model: nn.Module, state: LoRAState, module: nn.Module, path: str, info: LayerInfo | None, row_map: str
-) -> LoRASlots:
+def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, plan: Plan) -> LoRASlots:
     """The module's slots; its class is swapped and they are made if it has none."""
-    if isinstance(module, LoRALinear):
-        return module.lora_slots
+    held = module._modules.get("lora_slots")
+    if held is not None:
+        assert isinstance(held, LoRASlots)
+        return held
+    info = plan.infos.get(path) or describe_layer(module)
     own = getattr(module, "bias", None)
     sizes = (0, own.numel() if own is not None else 0) if info is None else (info.in_features, info.out_features)
     kind = "bias" if info is None else "embedding" if info.kind == "embedding" else "linear"
     mixin = {"bias": LoRABias, "embedding": LoRAEmbedding, "linear": LoRALinear}[kind]
     dtype = compute_dtype(module, model)
-    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=row_map)
-    slots.train(module.training)
+    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
+    slots.training = module.training
     swap(module, mixin, path)
     module.lora_slots = slots
     return slots
@@ -356,7 +365,7 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
     unhook_row_maps(model)
 
 
-def _refuse_foreign(model: nn.Module, state: LoRAState | None) -> None:
+def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[str, nn.Module]) -> None:
     size = getattr(model, "_tp_size", None) or 1
     if size > 1:
         raise LoRAUnsupportedError(
@@ -372,8 +381,8 @@ def _refuse_foreign(model: nn.Module, state: LoRAState | None) -> None:
             name="peft_config",
             remedy="Unload them (delete_adapter, or PeftModel.unload), or save them and load_lora() the files.",
         )
-    for path, module in model.named_modules():
-        held = getattr(module, "lora_slots", None) or getattr(module, "lora_heads", None)
+    for path, module in modules.items():
+        held = module._modules.get("lora_slots") or module._modules.get("lora_heads")
         if isinstance(held, (LoRASlots, LoRAHeads)) and held.state is not state:
             raise LoRAStateError(
                 f"{path} carries adapters that were added through another model (the one inside this, or around it).",
@@ -400,7 +409,7 @@ def _refuse_managed(model: nn.Module, entries: Iterable[Entry], what: str) -> No
 
 
 def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = None) -> AdapterValue:
-    """The adapter as a value: a frozen one as it came, a trainable one as it stands now (copies, on the CPU).
+    """The adapter as a value: a frozen one as it came, a trainable one as it stands now, on the CPU.
 
     Every process of a model that fully_shard() has split must call this.
 
@@ -414,7 +423,7 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         return resident.value
     factors: dict[str, Factors] = {}
     biases: dict[str, Tensor] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     reshard(model)
 
     def own(path: str, tensor: Tensor) -> Tensor:
@@ -424,7 +433,11 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
     for path in resident.layers:
         slots = _present(modules, path, LoRALinear).lora_slots
         slot = slots.slots[entry.slot]
-        pair = slots.dense(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
+        pair = (
+            slots.dense(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
+            if entry.trainable
+            else slots.read(entry.slot)
+        )
         assert pair is not None
         A, B = pair
         kind = "embedding" if slots.kind == "embedding" else "linear"
@@ -549,13 +562,13 @@ def _convert(model: nn.Module, state: LoRAState, entry: Entry) -> None:
     value = read(model, entry.name)
     moved = Entry(entry.name, state.free_slot(), not entry.trainable)
     try:
-        _write(model, state, moved, value, make_plan(model, value, None))
+        held = _write(model, state, moved, value, make_plan(model, value, None))
     except BaseException:
         _erase(model, moved)
         raise
     old = Entry(entry.name, entry.slot, entry.trainable)
     entry.slot, entry.trainable = moved.slot, moved.trainable
-    entry.record.value = None if entry.trainable else value
+    entry.record.value = None if held else value
     _erase(model, old)
 
 
@@ -588,7 +601,7 @@ def _forget(model: nn.Module, state: LoRAState, entry: Entry) -> None:
 
 def _erase(model: nn.Module, entry: Entry) -> None:
     """Take an adapter out of every layer; a layer that holds none gets its class back."""
-    for module in list(model.modules()):
+    for module in modules_of(model).values():
         if isinstance(module, LoRALinear):
             module.lora_slots.remove(entry.slot)
             if not module.lora_slots.slots:

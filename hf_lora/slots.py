@@ -181,17 +181,18 @@ class LoRASlots(LoRABanks):
         if any(here.values()):
             plan.rows = len(rows)
         if frozen:
-            places = _places(active, frozen, device)
+            places, without = _places(active, frozen, device)
             bank_A, bank_B = self.bank_A, self.bank_B
             most = max(self.slots[entry.slot].rank for entry in frozen)
             rank = min(most, bank_A.shape[1], bank_B.shape[1])  # another thread may be widening one after the other
-            plan.B = bank_B[:, :rank].index_select(0, places)
+            plan.B = bank_B[:, :rank].index_select(0, places).index_fill_(0, without, 0)
             if self.kind == "embedding":
                 plan.places = places
             else:
                 plan.A = bank_A[:, :rank].index_select(0, places)
         if biased:
-            plan.bias = self.bank_bias.index_select(0, _places(active, biased, device))
+            places, without = _places(active, biased, device)
+            plan.bias = self.bank_bias.index_select(0, places).index_fill_(0, without, 0)
         plan.trained = tuple(
             (entry.slot, slot, torch.tensor([row is entry for row in rows], device=device))
             for entry, slot in here.items()
@@ -222,8 +223,9 @@ class LoRASlots(LoRABanks):
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
             output = self._add_one(x, output, base, index, slot, weight.to(output.dtype))
         if self.bank_A.shape[0]:
-            places = self.places[slots.clamp(max=self.places.shape[0] - 1)]  # the last place is no slot's
-            B = self.bank_B[places] * weights[:, :, None, None].to(self.bank_B.dtype)  # (N, K, R, out)
+            here = self.present[slots.clamp(max=self.present.shape[0] - 1)]
+            places = torch.where(here, slots, 0)
+            B = self.bank_B[places] * (weights * here)[:, :, None, None].to(self.bank_B.dtype)  # (N, K, R, out)
             B = B.flatten(1, 2)  # (N, K·R, out)
             if self.kind == "embedding":
                 output = output + _embed_scaled(self._embedded(x, output, places, B), base)
@@ -231,8 +233,8 @@ class LoRASlots(LoRABanks):
                 A = self.bank_A[places].flatten(1, 2)  # (N, K·R, in)
                 output = output + functional.grouped_low_rank(x, A.to(x.dtype), B.to(x.dtype)).to(output.dtype)
         if self.bank_bias.shape[0]:
-            within = (slots + 1).clamp(max=self.bank_bias.shape[0] - 1)
-            chosen = weights * (slots + 1 < self.bank_bias.shape[0])
+            within = slots.clamp(max=self.bank_bias.shape[0] - 1)
+            chosen = weights * (slots < self.bank_bias.shape[0])
             bias = (self.bank_bias[within] * chosen[:, :, None].to(self.bank_bias.dtype)).sum(1)
             output = output + _bias_rows(bias, output, base)
         return output
@@ -243,15 +245,16 @@ class LoRASlots(LoRABanks):
         return f"{self.kind}, {self.in_features} -> {self.out_features}; {ranks}"
 
 
-def _places(active: Active, present: list[Entry], device: torch.device) -> Tensor:
-    """The bank's row of each row of the batch, (N,): 0, which is zero, for one without an adapter here."""
+def _places(active: Active, present: list[Entry], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The slot of each row of the batch, (N,), any for one without an adapter here; and which rows those are."""
     key = ("places", tuple(entry.slot for entry in present), device, torch.is_inference_mode_enabled())
     if key not in active.cache:  # layers with the same adapters share it
-        chosen = set(present)
-        rows = [entry.slot + 1 if entry in chosen else 0 for entry in active.rows or ()]
-        active.cache[key] = torch.tensor(rows, device=device)
-    found: Tensor = active.cache[key]
-    return found
+        chosen, rows = set(present), active.rows or ()
+        places = [entry.slot if entry in chosen else present[0].slot for entry in rows]
+        without = [i for i, entry in enumerate(rows) if entry not in chosen]
+        active.cache[key] = tuple(torch.tensor(found, device=device, dtype=torch.int64) for found in (places, without))
+    places_and_without: tuple[Tensor, Tensor] = active.cache[key]
+    return places_and_without
 
 
 def _bias_rows(bias: Tensor, output: Tensor, base: nn.Module) -> Tensor:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .layerinfo import is_held
-from .model import require
+from .model import read, require
 from .slots import LoRASlots
+from .state import Entry
 from .switching import described
 from .targeting import roles_of
-from .values import AdapterValue
 
 __all__ = ["AdapterSummary", "Summary", "summarise"]
 
@@ -82,7 +82,7 @@ def summarise(model: nn.Module) -> Summary:
     for entry in state.entries.values():
         resident = entry.record
         ranks, counts = set(), Counter[str]()
-        sizes = _sizes(model, entry.slot, resident.value, entry.trainable, resident.layers)
+        sizes = _sizes(model, entry)
         for path in resident.layers:
             slots: LoRASlots = model.get_submodule(path).lora_slots  # type: ignore[assignment]
             slot = slots.slots[entry.slot]
@@ -116,11 +116,11 @@ def summarise(model: nn.Module) -> Summary:
     )
 
 
-def _sizes(
-    model: nn.Module, slot: int, value: AdapterValue | None, trainable: bool, layers: tuple[str, ...]
-) -> tuple[int, int]:
+def _sizes(model: nn.Module, entry: Entry) -> tuple[int, int]:
     """Parameters and bytes of an adapter."""
-    if not trainable and value is not None:
+    slot = entry.slot
+    if not entry.trainable:
+        value = entry.record.value or read(model, entry.name)
         return value.num_parameters, value.nbytes
     mine = {f"A{slot}", f"B{slot}", f"bias{slot}"}
     tensors = [

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import architectures as arch
-from .layerinfo import LayerInfo, describe_layer, is_held
+from .layerinfo import LayerInfo, describe_layer, modules_of
 from .rows import role_rows
 
 __all__ = ["Layer", "Survey", "survey"]
@@ -101,9 +101,7 @@ def survey(model: nn.Module) -> Survey:
     parts: dict[str, _Part] = {}
     guessed: dict[str, str] = {}
     root_type = _model_type(model)
-    for path, module in model.named_modules(remove_duplicate=False):
-        if is_held(path):
-            continue
+    for path, module in modules_of(model).items():
         modules[path] = module
         canonical[path] = first.setdefault(id(module), path)
         parent = parts.get(path.rpartition(".")[0]) if path else None

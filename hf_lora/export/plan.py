@@ -212,7 +212,7 @@ def _fitting_model(value: AdapterValue, base: BaseFiles, config: Any, dtype: tor
     for cls in dict.fromkeys(_classes(value, base, config)):
         model = meta_model(cls, config, dtype)
         try:
-            make_plan(model, value, None, complete)
+            make_plan(model, value, None, complete=complete)
         except LoRAError as error:
             error.message = error.message.replace("Nothing was loaded", "Nothing was written")
             error.args = (error.message,)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layerinfo import modules_of
 from ..state import LoRAState, active_rows
 
 __all__ = ["BoundCheckpoint", "bind_checkpoints", "unbind_checkpoints"]
@@ -39,7 +40,7 @@ class BoundCheckpoint:
 
 def bind_checkpoints(model: nn.Module, state: LoRAState) -> None:
     """Wrap every checkpoint function that the model's modules hold."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         function = module.__dict__.get(_ATTRIBUTE)
         if function is not None and not isinstance(function, BoundCheckpoint):
             setattr(module, _ATTRIBUTE, BoundCheckpoint(function, state))
@@ -47,7 +48,7 @@ def bind_checkpoints(model: nn.Module, state: LoRAState) -> None:
 
 def unbind_checkpoints(model: nn.Module) -> None:
     """Give every module its own checkpoint function back."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         function = module.__dict__.get(_ATTRIBUTE)
         if isinstance(function, BoundCheckpoint):
             setattr(module, _ATTRIBUTE, function.function)
