@@ -144,7 +144,7 @@ def combine(
                     factors[path] = lowrank.reduced(whole, most, energy)
                 else:
                     factors[path] = lowrank.merged(terms, merge, most, energy, working)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise LoRAMismatchError(
                     f"{path}: the combined ΔW has no SVD: {error}",
                     name=path,
