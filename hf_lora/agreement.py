@@ -201,7 +201,7 @@ def common_config(adapters: Sequence[AdapterValue], factors: Mapping[str, Factor
     """The first adapter's config, with targets that cover every layer of `factors`, and the base that is named."""
     configs = [adapter.config for adapter in adapters]
     named = next((config for config in configs if config.base_model), configs[0])
-    changes: dict[str, Any] = {"use_rslora": False, "base_model": named.base_model, "revision": named.revision}
+    changes: dict[str, Any] = {"base_model": named.base_model, "revision": named.revision}
     if len(adapters) > 1:
         changes |= {"modules_to_save": None, "bias": "none"}
         selections = [(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs]

@@ -476,6 +476,19 @@ def test_what_is_saved_is_read_back_equal(tmp_path_factory, case, method):
     assert not found.config.use_rslora
 
 
+def test_targets_in_any_order_are_read_back_equal(tmp_path):
+    one = adapter({"m.0.q": 3, "m.0.up": 2}, target_modules=["up", "q"])
+    for name, found in {"sum": combine([one, one], [1, 2]), "small": one.truncate(2)}.items():
+        found.save(tmp_path / name)
+        assert read_adapter(tmp_path / name).equal(found)
+
+
+def test_heads_that_are_named_but_not_held_are_no_longer_named():
+    named = adapter({"m.0.q": 2}, modules_to_save=["head"], bias="all")
+    config = combine([named, adapter({"m.0.q": 2})], [1, 1]).config
+    assert (config.modules_to_save, config.bias) == (None, "none")
+
+
 def test_the_rest_of_the_config_is_the_firsts():
     a = adapter({"m.0.q": 2}, dropout=0.1, task_type="CAUSAL_LM", rslora=True, peft_fields={"init_lora_weights": "eva"})
     b = adapter({"m.0.up": 2}, dropout=0.2, base_model="org/base", revision="v1")
