@@ -26,6 +26,7 @@ from .registration import register, unregister
 
 if TYPE_CHECKING:
     from .adapter import LoRAAdapter
+    from .arithmetic import combine
     from .config import LoRAConfig
     from .hub import list_adapters
     from .optimizer import optimizer_groups
@@ -46,6 +47,7 @@ __all__ = [
     "LoRATargetError",
     "LoRAUnsupportedError",
     "__version__",
+    "combine",
     "list_adapters",
     "optimizer_groups",
     "register",
@@ -59,6 +61,7 @@ _LATER = {
     "LoRAAdapter": "adapter",
     "LoRACallback": "training",
     "LoRAConfig": "config",
+    "combine": "arithmetic",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
 }

@@ -1,4 +1,4 @@
-"""`LoRAAdapter`: an adapter as a value, with load and save, push and pull."""
+"""`LoRAAdapter`: an adapter as a value, with load and save, push and pull, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import hub, store
+from . import arithmetic, hub, store
 from .facts import RunFacts
 from .loading import read_source
 from .values import AdapterValue
@@ -135,3 +135,29 @@ class LoRAAdapter(AdapterValue):
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write it in PEFT's format, atomically. Raises `LoRAFileError`; what was there then stays."""
         return store.write_adapter(self, directory)
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> LoRAAdapter:
+        """The adapter with a smaller rank: in each layer the ΔW' of that rank with the least ‖ΔW − ΔW'‖ (Eckart–Young).
+
+        A layer whose rank is small enough already stays bit for bit. In a fused layer each role is truncated by itself,
+        and all get one rank. dtype, scaling, heads and biases stay.
+
+        Args:
+            rank: the largest rank that stays; in a fused layer each role's, as `r` in `LoRAConfig`.
+            energy: instead: in each layer the smallest rank that keeps this share of Σσ² (of every role), in (0, 1].
+
+        Raises:
+            LoRAConfigError: neither or both are given, or one is out of range. LoRAMismatchError: it is not finite.
+        """
+        return arithmetic.truncate(self, rank, energy)
+
+    def negate(self) -> LoRAAdapter:
+        """The adapter with −ΔW, exactly. Raises `LoRAMismatchError` if it holds trained heads or biases.
+
+        Source: Ilharco et al. 2022 (arXiv:2212.04089) §3.
+        """
+        return arithmetic.negate(self)
+
+    def factors_only(self) -> LoRAAdapter:
+        """The adapter without the heads and biases that it trained: its factors alone, which can be added."""
+        return arithmetic.factors_only(self)

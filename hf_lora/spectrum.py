@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .values import Factors
 
-__all__ = ["delta_norm", "effective_rank", "parts", "singular_values"]
+__all__ = ["decompose", "delta_norm", "effective_rank", "parts", "singular_values"]
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -21,6 +21,18 @@ def singular_values(factors: Factors) -> Tensor:
     left = torch.linalg.qr(b, mode="r").R
     right = torch.linalg.qr(a.T, mode="r").R
     return torch.linalg.svdvals(left @ right.T) * factors.scaling
+
+
+def decompose(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of ΔW = U diag(σ) Vᵀ: U (out, k), σ (k,) largest first, Vᵀ (k, in), k = min(R, in, out); float64.
+
+    As in `singular_values`, with U and V through Q_b and Q_a.
+    """
+    a, b = (tensor.detach().to("cpu", torch.float64) for tensor in (factors.A, factors.B))
+    q_b, left = torch.linalg.qr(b)
+    q_a, right = torch.linalg.qr(a.T)
+    u, values, vt = torch.linalg.svd(left @ right.T, full_matrices=False)
+    return q_b @ u, values * factors.scaling, vt @ q_a.T
 
 
 def parts(factors: Factors) -> list[tuple[str, Factors]]:

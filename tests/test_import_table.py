@@ -48,6 +48,11 @@ TABLE: dict[str, str] = {
     "values": "config errors",
     "spectrum": "values",
     "health": "errors spectrum values",
+    # its arithmetic; `agreement` is what can be combined, and the result's config
+    "sparsify": "",
+    "lowrank": "spectrum values",
+    "agreement": "bases config errors layout values",
+    "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
     "layout": "config errors values",
@@ -69,7 +74,7 @@ TABLE: dict[str, str] = {
     "reference": "model switching",
     "summary": "errors layerinfo model slots state switching targeting values",
     "loading": "bases errors hub layerinfo layers model sharding store values",
-    "adapter": "errors facts hub loading store values",
+    "adapter": "arithmetic errors facts hub loading store values",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
@@ -77,7 +82,7 @@ TABLE: dict[str, str] = {
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter config errors hub optimizer registration training",  # the package's own __init__
+    "hf_lora": "adapter arithmetic config errors hub optimizer registration training",  # the package's own __init__
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
