@@ -29,9 +29,10 @@ from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .weights import compute_dtype, device_of, materialised
 
-__all__ = ["Resident", "add", "put", "read", "refill", "remove", "require", "state_of", "train"]
+__all__ = ["Resident", "add", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
 
 _STATE = "_lora_state"
+_RESERVED = "_lora_reserved"  # slots and rank of banks to be made
 _UNSYNCED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel's own name
 
 
@@ -214,6 +215,39 @@ def put(
             state.default = Active(((entry, 1.0),))
 
 
+def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> None:
+    """Make room for adapters to come, so that putting them moves none that are there (and compiles nothing anew).
+
+    Args:
+        slots: how many adapters, those on the model included, in layers that get their first one later, too. None:
+            forget it; what was made stays.
+        rank: the largest of theirs.
+
+    Raises:
+        LoRAStateError: `slots` or `rank` is no positive number.
+    """
+    if slots is None or rank is None:
+        vars(model).pop(_RESERVED, None)
+        return
+    for name, value in (("slots", slots), ("rank", rank)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise LoRAStateError(
+                f"{name}={value!r}: room is reserved for one adapter of rank 1 at least.",
+                name=name,
+                value=value,
+                remedy="Give a positive whole number.",
+            )
+    vars(model)[_RESERVED] = (slots, rank)
+    state = state_of(model)
+    if state is None:
+        return
+    with state.lock, torch.inference_mode(False):
+        for module in modules_of(model).values():
+            held = module._modules.get("lora_slots")
+            if isinstance(held, LoRASlots) and any(slot.rank for slot in held.slots.values()):
+                held.reserve(slots, rank)
+
+
 def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
     """The new adapter takes the old one's place, and its weight, in what is active by default."""
     if old in state.default.entries:
@@ -314,6 +348,8 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     dtype = compute_dtype(module, model)
     slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
     slots.training = module.training
+    if kind != "bias" and _RESERVED in vars(model):
+        slots.reserve(*vars(model)[_RESERVED])
     swap(module, mixin, path)
     module.lora_slots = slots
     return slots

@@ -362,3 +362,27 @@ def test_an_adapter_that_cannot_be_frozen_stays_and_nothing_is_added(model: Any)
         model.add_lora(B, "next")
     assert model.lora_names == ("a", "org/b", "diverged")
     assert model.active_lora == "diverged"
+
+
+def test_room_that_was_reserved_is_used_without_moving_anything(tiny: Any, batch: Any) -> None:
+    from hf_lora.model import reserve
+
+    model, plain = tiny("llama"), tiny("llama")
+    value = with_adapters(tiny("llama"), {"a": A}).lora_adapter("a")
+    attributes = set(vars(model))
+    reserve(model, 5, 4)
+    banks: dict[str, int] = {}
+    for i in range(5):
+        model.load_lora(value, name=str(i))
+        found = {name: b.data_ptr() for name, b in model.named_buffers() if ".bank_A" in name}
+        assert found == (banks or found)
+        banks = found
+    assert {b.shape[1] for name, b in model.named_buffers() if ".bank_A" in name} == {4}
+    plain.load_lora(value, name="0")
+    assert torch.equal(logits(model, batch(model)), logits(plain, batch(plain)))
+    reserve(model, None)
+    model.remove_lora()
+    assert set(vars(model)) == attributes
+    for slots, rank in ((0, 4), (2, 0), (True, 4), (2, 1.5)):
+        with pytest.raises(LoRAStateError, match="positive"):
+            reserve(model, slots, rank)
