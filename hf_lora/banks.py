@@ -51,6 +51,7 @@ class LoRABanks(nn.Module):
     row_map: str
     in_features: int
     out_features: int
+    fresh: bool  # whether the base's forward is known to give a tensor that nobody else holds
     slots: dict[int, Slot]
     masters: dict[int, tuple[Tensor, Tensor]]  # what `read` gives of adapters whose bank was cast to a smaller dtype
     bank_A: Tensor
@@ -72,7 +73,7 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={})
+        vars(self).update(slots={}, masters={}, fresh=False)
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
             bank_A=empty.view(0, 0, in_features),

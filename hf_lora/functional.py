@@ -21,6 +21,8 @@ __all__ = [
     "place_blocks",
 ]
 
+_LONG = 8  # positions of a row from which on its product with A is computed the other way round
+
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """(x A^T) B^T, through the rank and never through an (out, in) matrix.
@@ -36,16 +38,23 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return F.linear(F.linear(x, A), B)
 
 
-def add_low_rank(output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+def add_low_rank(
+    output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, in_place: bool = False
+) -> Tensor:
     """`output` + scale · (x A^T) B, as two products of which the second adds.
 
     Args:
         output: (..., out). x: (..., in).
         A: (R, in). B: (R, out). All of one dtype.
         scale: a number.
+        in_place: write into `output`, which nobody else may hold.
     """
     h = F.linear(x, A).view(-1, A.shape[0])
-    return torch.addmm(output.reshape(-1, B.shape[1]), h, B, alpha=scale).view(output.shape)
+    flat = output.reshape(-1, B.shape[1])
+    if in_place and flat.data_ptr() == output.data_ptr():
+        flat.addmm_(h, B, alpha=scale)
+        return output
+    return torch.addmm(flat, h, B, alpha=scale).view(output.shape)
 
 
 def embed_low_rank(ids: Tensor, A: Tensor, B: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -77,18 +86,21 @@ def grouped_low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[2])
 
 
-def add_grouped_low_rank(output: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def add_grouped_low_rank(output: Tensor, x: Tensor, A: Tensor, B: Tensor, *, in_place: bool = False) -> Tensor:
     """`output` + each row of the batch through its own pair, as two batched products of which the second adds.
 
     Args:
         output: (N, ..., out). x: (N, ..., in).
         A: (N, R, in). B: (N, R, out), scaled; ranks below R are padded with zeros. All of one dtype.
+        in_place: write into `output`, which nobody else may hold.
     """
-    if x.dim() == 3:
-        return torch.baddbmm(output, torch.bmm(x, A.transpose(1, 2)), B)
-    n = x.shape[0]
-    h = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))  # (N, T, R)
-    return torch.baddbmm(output.reshape(n, -1, B.shape[2]), h, B).view(output.shape)
+    if x.dim() != 3:
+        rows, wide = x.reshape(x.shape[0], -1, x.shape[-1]), output.reshape(x.shape[0], -1, B.shape[2])
+        return add_grouped_low_rank(wide, rows, A, B, in_place=in_place).view(output.shape)
+    # (N, T, R); for long rows a wide product is faster than a tall one
+    long = x.shape[1] >= _LONG
+    h = torch.bmm(A, x.transpose(1, 2)).transpose(1, 2) if long else torch.bmm(x, A.transpose(1, 2))
+    return output.baddbmm_(h, B) if in_place else torch.baddbmm(output, h, B)
 
 
 def grouped_low_rank_reference(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import LoRAUnsupportedError
 from .routing import rows_of
-from .rowmaps import inner_rows, picked, uniform
+from .rowmaps import inner_rows, picked
 from .slots import CHANNELS_FIRST, LoRASlots
 from .state import LoRAState, active_rows, refuse_inner, tracing
 
@@ -103,7 +103,7 @@ class LoRAHeads(nn.Module):
         if not any(str(entry.check().slot) in self.copies for entry in active.entries):
             return output
         here = [entry for entry in active.entries if str(entry.slot) in self.copies]
-        if uniform(active):
+        if active.uniform:
             return self.copies[str(here[0].slot)](*args, **kwargs)
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if self.row_map == "batch":

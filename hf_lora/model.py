@@ -347,7 +347,7 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     mixin = {"bias": LoRABias, "embedding": LoRAEmbedding, "linear": LoRALinear}[kind]
     dtype = compute_dtype(module, model)
     slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
-    slots.training = module.training
+    slots.training, slots.fresh = module.training, type(module).forward is nn.Linear.forward
     if kind != "bias" and _RESERVED in vars(model):
         slots.reserve(*vars(model)[_RESERVED])
     swap(module, mixin, path)

@@ -117,7 +117,7 @@ class _Hook:
     def enter(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         """Read the maps that the route needs in the module."""
         active = self.state.current
-        if active.rows is None or uniform(active):
+        if active.rows is None or active.uniform:
             return
         key = ("mapped", module)
         if key not in active.cache:
@@ -170,12 +170,6 @@ def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
 def _names(of: Any) -> list[str]:
     """Names of the forward's positional arguments."""
     return list(inspect.signature(of.forward).parameters)[1:]
-
-
-def uniform(active: Active) -> bool:
-    """Whether all rows go through the same adapter: then nobody needs to know which row is which."""
-    rows = active.rows or ()
-    return all(row is rows[0] for row in rows)
 
 
 def _wanted(module: nn.Module, active: Active) -> frozenset[str]:

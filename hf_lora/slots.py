@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .banks import LoRABanks, Slot, block_index
 from .routing import rows_of, unflattened
-from .rowmaps import inner_rows, picked, uniform
+from .rowmaps import inner_rows, picked
 from .state import Active, Entry, active_rows, tracing
 from .variants import VARIANTS
 
@@ -72,7 +72,7 @@ class LoRASlots(LoRABanks):
         if slot.rank:
             pair = None if slot.trainable or isinstance(weight, Tensor) else self._fused(x, output, index, slot)
             if pair is not None and not isinstance(weight, Tensor):
-                output = VARIANTS[slot.variant].add(output, x, *pair, weight)
+                output = VARIANTS[slot.variant].add(output, x, *pair, weight, in_place=self._in_place())
             else:
                 delta = self._delta(x, output, base, index, slot)
                 output = output + (delta * weight if scaled else delta).to(output.dtype)
@@ -81,6 +81,10 @@ class LoRASlots(LoRABanks):
             bias = bias.view(-1, *[1] * (output.dim() - 2)) if isinstance(base, CHANNELS_FIRST) else bias
             output = output + (bias * weight if scaled else bias).to(output.dtype)
         return output
+
+    def _in_place(self) -> bool:
+        """Whether the base's output is a new tensor that autograd does not need."""
+        return self.fresh and not torch.is_grad_enabled()
 
     def _fused(self, x: Tensor, output: Tensor, index: int, slot: Slot) -> tuple[Tensor, Tensor] | None:
         """The frozen pair, where product and sum are one operation: nothing to cast, nothing dropped."""
@@ -105,6 +109,13 @@ class LoRASlots(LoRABanks):
     def _add_routed(self, x: Tensor, output: Tensor, base: nn.Module, active: Active) -> Tensor:
         if self.row_map != "batch" or (self.kind == "embedding" and x.dim() == 1):  # a table by place, say
             return self._add_elsewhere(x, output, base, active)
+        if active.uniform:  # no need to gather anything
+            for entry in active.entries:
+                slot = self.slots.get(entry.check().slot)
+                if slot is not None:
+                    rows_of(active, x)
+                    output = self._add_one(x, output, base, entry.slot, slot, 1.0)
+            return output
         plan = self._planned(active)
         if not plan.rows:
             return output
@@ -130,7 +141,7 @@ class LoRASlots(LoRABanks):
 
     def _add_mapped(self, x: Tensor, output: Tensor, base: nn.Module, active: Active, here: list[Entry]) -> Tensor:
         """`output` + the deltas, where the batch is not the rows: each adapter's entries are picked, and put back."""
-        if uniform(active):
+        if active.uniform:
             return self._add_one(x, output, base, here[0].slot, self.slots[here[0].slot], 1.0)
         rows, axis = inner_rows(active, x, self.row_map)
         inner, whole = (x, output) if axis == 0 else (x[0], output[0])
@@ -144,7 +155,7 @@ class LoRASlots(LoRABanks):
         """x: (N, …), N the rows of the route."""
         if plan.A is not None and plan.B is not None:
             if x.dtype == output.dtype == plan.A.dtype and output.dim() > 2:
-                output = functional.add_grouped_low_rank(output, x, plan.A, plan.B)
+                output = functional.add_grouped_low_rank(output, x, plan.A, plan.B, in_place=self._in_place())
             else:
                 A, B = plan.A.to(x.dtype), plan.B.to(x.dtype)
                 output = output + functional.grouped_low_rank(x, A, B).to(output.dtype)

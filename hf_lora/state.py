@@ -69,11 +69,13 @@ class Active:
     entries: tuple[Entry, ...] = field(init=False, repr=False)  # every adapter named, once, in the order of first use
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what the call chain made of it, as tensors
     plans: tuple[dict[Any, Any], dict[Any, Any]] = field(init=False, repr=False)  # of a route, by layer
+    uniform: bool = field(init=False, repr=False)  # all rows take the same: nobody needs to know which is which
     maps: Any = field(default=None, repr=False)  # the row maps of the forward that is running (see `rowmaps`)
 
     def __post_init__(self) -> None:
         named = (e for e, _ in self.mixture) if self.rows is None else (e for e in self.rows if e is not None)
         self.entries = tuple(dict.fromkeys(named))
+        self.uniform = self.rows is not None and len(set(self.rows)) == 1
         # A tensor made under inference_mode cannot take part in autograd later: each mode has its own.
         self.plans = ({}, {})
 

@@ -28,6 +28,6 @@ class Plain:
             return functional.embed_low_rank(x, A, B, padding_idx)
         return functional.low_rank(F.dropout(x, dropout) if dropout else x, A, B)
 
-    def add(self, output: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float) -> Tensor:
+    def add(self, output: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, *, in_place: bool) -> Tensor:
         """`output` + weight · what the pair adds, fused. A: (R, in). B: (R, out), scaled. All of one dtype."""
-        return functional.add_low_rank(output, x, A, B, weight)
+        return functional.add_low_rank(output, x, A, B, weight, in_place=in_place)
