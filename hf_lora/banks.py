@@ -104,7 +104,7 @@ class LoRABanks(nn.Module):
         """Write an adapter into the banks, cast once. A: (R, in). B: (out, R), unscaled, dense. bias: b' − b (out,)."""
         self.remove(index)
         if A is not None and B is not None:
-            self.reserve(index + 1, slot.rank)
+            self.reserve(index + 1, slot.rank, writing=index)
             own_A, own_B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
             if slot.rank < own_A.shape[0]:
                 own_A[slot.rank :].zero_()
@@ -121,8 +121,8 @@ class LoRABanks(nn.Module):
             self.bank_bias[index].copy_(bias)
         self.slots[index] = slot
 
-    def reserve(self, slots: int, rank: int) -> None:
-        """Let the banks hold so many slots of this rank.
+    def reserve(self, slots: int, rank: int, *, writing: int | None = None) -> None:
+        """Let the banks hold so many slots of this rank; one that is about to be written need not be zero.
 
         The number of slots doubles, so that loading n adapters copies O(n), and a compiled graph sees few new shapes.
         """
@@ -131,8 +131,8 @@ class LoRABanks(nn.Module):
             return
         size, widest = have if slots <= have else _capacity(slots), max(widest, rank)
         # Another thread may be reading them one after the other; it takes the rank that both have.
-        self._buffers["bank_A"] = _grown(self.bank_A, (size, widest, self.in_features))
-        self._buffers["bank_B"] = _grown(self.bank_B, (size, widest, self.out_features))
+        self._buffers["bank_A"] = _grown(self.bank_A, (size, widest, self.in_features), writing)
+        self._buffers["bank_B"] = _grown(self.bank_B, (size, widest, self.out_features), writing)
         self._buffers["present"] = _grown(self.present, (size + 1,))
 
     def remove(self, index: int) -> None:
@@ -234,15 +234,17 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _grown(bank: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bank with more rows, or wider ones, of zeros."""
-    rows = len(bank)
-    if bank.shape[1:] != shape[1:] or not rows:
+def _grown(bank: Tensor, shape: tuple[int, ...], writing: int | None = None) -> Tensor:
+    """The bank with more slots, or wider ones, of zeros."""
+    have = len(bank)
+    if have and bank.shape[1:] != shape[1:]:
         grown = bank.new_zeros(shape)
-        if bank.numel():
-            grown[tuple(slice(0, n) for n in bank.shape)].copy_(bank)
+        grown[tuple(slice(0, n) for n in bank.shape)].copy_(bank)
         return grown
     grown = bank.new_empty(shape)
-    grown[:rows].copy_(bank)
-    grown[rows:].zero_()
+    if have:
+        grown[:have].copy_(bank)
+    for slot in range(have, shape[0]):
+        if slot != writing:
+            grown[slot].zero_()
     return grown

@@ -358,9 +358,14 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
 def _attach(model: nn.Module) -> LoRAState:
     """Give the model a state and freeze its base."""
     state = LoRAState()
-    state.facts["trained"] = [path for path, p in model.named_parameters() if p.requires_grad]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    trained, seen = [], set[int]()
+    for path, module in modules_of(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                trained.append(f"{path}.{name}" if path else name)
+                parameter.requires_grad_(False)
+    state.facts["trained"] = trained
     setattr(model, _STATE, state)
     setattr(model, _UNSYNCED, _Unsynced(model, tuple(getattr(model, _UNSYNCED, ()))))
     model.register_forward_pre_hook(_check_batch, with_kwargs=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import architectures as arch
 from .errors import LoRARouteError
+from .layerinfo import modules_of
 from .routing import batch_of
 from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed
 
@@ -192,7 +193,7 @@ def hook_row_maps(model: nn.Module, state: LoRAState) -> None:
         encoder = getattr(model, "get_encoder", lambda: None)()
         if isinstance(encoder, nn.Module) and encoder is not model:
             encoder.register_forward_pre_hook(hook.check, with_kwargs=True)
-    for module in [m for m in model.modules() if _is_told(m)]:
+    for module in [m for m in dict.fromkeys(modules_of(model).values()) if _is_told(m)]:
         module.register_forward_pre_hook(hook.before, with_kwargs=True)
         module.register_forward_hook(hook.after, always_call=True)
 

@@ -54,7 +54,8 @@ class Resolution:
         heads: paths of modules trained and saved whole.
         architecture: the model_type whose table entry gave the roles; None if they were told from structure.
         skipped: what was left out and why, one line each, for people.
-        inner: targets whose batch is not the user's rows (vision towers, experts): routing by row needs a row map.
+        inner: targets whose batch is not the user's rows (vision towers, experts): routing by row needs a row map. Not
+            looked for in a file's config.
     """
 
     targets: tuple[Target, ...]
@@ -122,7 +123,7 @@ class _Resolver:
         self._check_patterns(paths)
         values = self.config.resolve(paths)
         targets = tuple(self._target(path, asked[path], *values[path]) for path in paths)
-        maps = row_maps(self.model, paths, self.seen.modules)
+        maps = {} if self.from_file else row_maps(self.model, paths, self.seen.modules)
         if self.words.used_roles:
             for part, model_type in self.seen.guessed_parts.items():
                 if any(target.path.startswith(f"{part}.") for target in targets):

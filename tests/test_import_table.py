@@ -28,7 +28,7 @@ TABLE: dict[str, str] = {
     "sharding": "errors",
     "state": "errors",
     "routing": "errors state",
-    "rowmaps": "architectures errors routing state",
+    "rowmaps": "architectures errors layerinfo routing state",
     # targeting: names and roles to layers; `architectures` is its data
     "architectures": "",
     "rows": "architectures",
