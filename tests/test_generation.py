@@ -299,6 +299,10 @@ CALLS: dict[str, tuple[Any, Callable[[Any, int], Any]]] = {
         lambda m, n: m(torch.ones(n, 4, dtype=torch.long), decoder_input_ids=torch.ones(n, 2, dtype=torch.long)),
     ),
     "forward, embedded": ("llama", lambda m, n: m(inputs_embeds=torch.ones(n, 4, 32))),
+    "forward that makes its own ids": (
+        "t5",
+        lambda m, n: m(encoder_outputs=encoded(n), labels=torch.ones(n, 2, dtype=torch.long)),
+    ),
     "forward of a decoder": (
         "t5",
         lambda m, n: m(encoder_outputs=(torch.ones(n, 4, 32),), decoder_inputs_embeds=torch.ones(n, 2, 32)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
+import numbers
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from loras import logits, with_adapters
 from smallbase import tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from training import trainer
 
 from hf_lora import LoRAConfig, LoRARouteError, LoRAStateError
 from hf_lora.model import state_of
@@ -334,6 +337,24 @@ def test_a_checkpoint_of_the_users_own_is_given_the_context(model: Any, given: A
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+def test_trainer_recomputes_a_mixture_of_two(tiny: Any, tmp_path: Any) -> None:
+    import transformers
+
+    name = "activation" if hasattr(transformers.TrainingArguments, "activation_checkpointing") else "gradient"
+    trained: list[dict[str, Tensor]] = []
+    for options in ({}, {f"{name}_checkpointing": True}):
+        model = with_adapters(tiny("llama"), CONFIGS)
+        model.train_lora(["a", "b"])
+        model.set_lora({"a": 0.5, "b": 1.0})
+        trainer(model, tmp_path, save_strategy="no", max_steps=3, **options).train()
+        trained.append({(n, key): tensor for n in "ab" for key, tensor in model.lora_state_dict(n).items()})
+    before = with_adapters(tiny("llama"), CONFIGS)
+    start = {(n, key): tensor for n in "ab" for key, tensor in before.lora_state_dict(n).items()}
+    for key, tensor in trained[0].items():
+        assert not torch.equal(tensor, start[key]), key
+        assert (trained[1][key] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), key
+
+
 def test_functional_call_sees_what_is_active(model: Any, given: Any) -> None:
     expected = each(model, lambda: logits(model, given))
     for which in ("a", "b", None):
@@ -371,17 +392,19 @@ TEXTS = ["w3 w4 w5", "w9 w8", "w20 w21 w22 w23"]
 """Of different lengths, so that a batch is padded."""
 
 
-def answers(pipe: Any, texts: Any, **options: Any) -> list[str]:
-    """What the pipeline says of each input, to five digits."""
+def close(mine: Any, other: Any) -> bool:
+    """Equal, numbers to within float32's noise."""
+    if isinstance(mine, dict):
+        return mine.keys() == other.keys() and all(close(mine[key], other[key]) for key in mine)
+    if isinstance(mine, list):
+        return len(mine) == len(other) and all(map(close, mine, other))
+    return (
+        math.isclose(mine, other, rel_tol=1e-4, abs_tol=1e-5) if isinstance(mine, numbers.Real) else bool(mine == other)
+    )
 
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: short(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [short(item) for item in value]
-        return round(float(value), 4) if hasattr(value, "__float__") and not isinstance(value, int) else value
 
-    return [repr(short(answer)) for answer in pipe(texts, **options)]
+def assert_close(found: Any, expected: Any) -> None:
+    assert close(list(found), expected), (found, expected)
 
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -389,6 +412,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "text-classification": ("bert-cls", {}),
     "token-classification": ("bert-token", {}),
     "image-classification": ("vit-cls", {}),
+    "feature-extraction": ("bert", {}),
 }
 
 
@@ -400,7 +424,9 @@ def test_pipelines(tiny: Any, task: str) -> None:
     targets = LoRAConfig(r=2, target_modules=["q", "v"], alpha=200), LoRAConfig(r=3, target_modules=["up"], alpha=200)
     model = with_adapters(tiny(family), dict(zip("ab", targets, strict=True)))
     made: dict[str, Any] = {"tokenizer": tokenizer(padding_side="left" if family == "llama" else "right")}
-    data: list[Any] = TEXTS
+    data: list[Any] = (
+        TEXTS if task != "feature-extraction" else ["w3 w4", "w9 w8", "w20 w21"]
+    )  # it gives the padding too
     if family == "vit-cls":
         from PIL import Image
 
@@ -408,19 +434,19 @@ def test_pipelines(tiny: Any, task: str) -> None:
         made = {"image_processor": transformers.ViTImageProcessor(size=size)}
         data = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
     pipe = transformers.pipeline(task, model=model, **made)
-    expected = each(model, lambda: answers(pipe, data, **options))
-    assert len({tuple(answer) for answer in expected.values()}) == 3
+    expected = each(model, lambda: list(pipe(data, **options)))
+    assert not any(close(expected["b"], expected[which]) for which in ("a", None))
     for which in ("b", None):
         with model.use_lora(which):
-            assert answers(pipe, data, batch_size=2, **options) == expected[which]
+            assert_close(pipe(data, batch_size=2, **options), expected[which])
     route = ["b", None, "a"]
     with model.route_lora(route):
-        found = answers(pipe, data, batch_size=3, **options)
+        found = pipe(data, batch_size=3, **options)
         with pytest.raises(LoRARouteError, match=r"names 3 rows.*has 2"):
-            answers(pipe, data, batch_size=2, **options)
+            pipe(data, batch_size=2, **options)
         with pytest.raises(LoRARouteError, match=r"names 3 rows.*has 1"):
-            answers(pipe, data, **options)
-    assert found == [expected[name][i] for i, name in enumerate(route)]
+            pipe(data, **options)
+    assert_close(found, [expected[name][i] for i, name in enumerate(route)])
 
 
 def test_a_pipeline_over_a_data_set_runs_while_it_is_read(tiny: Any) -> None:
@@ -428,9 +454,10 @@ def test_a_pipeline_over_a_data_set_runs_while_it_is_read(tiny: Any) -> None:
 
     model = with_adapters(tiny("bert-cls"), {n: LoRAConfig(r=2, target_modules=["q", "v"], alpha=200) for n in "ab"})
     pipe = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer())
-    expected = each(model, lambda: answers(pipe, TEXTS))
+    expected = each(model, lambda: pipe(TEXTS))
+    assert not close(expected["a"], expected["b"])
     with model.use_lora("b"):
         lazy = pipe(text for text in TEXTS)
-        assert answers(pipe, (text for text in TEXTS)) == expected["b"]
+        assert_close(pipe(text for text in TEXTS), expected["b"])
     if not isinstance(lazy, list):  # an older transformers reads it at once
-        assert answers(lambda texts: texts, lazy) == expected["a"]  # read after the block: the default, as documented
+        assert_close(lazy, expected["a"])  # read after the block: the default, as documented
