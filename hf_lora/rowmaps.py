@@ -28,6 +28,7 @@ from .state import _OVERRIDES, Active, Entry, LoRAState, check_rows, refuse_inne
 __all__ = ["MAPPED", "Rows", "hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
 
 MAPPED = "map:"  # how the row_map of a mapped layer begins: "map:grid", "map:experts.expert_0"
+_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")  # of an encoder
 _REMEDY = "Give the inputs as the processor makes them, or run the rows of each adapter as a batch of their own."
 
 
@@ -131,7 +132,8 @@ class _Hook:
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a batch that the route does not fit before anything runs: generate() calls an encoder by itself."""
         rows = None if torch.compiler.is_compiling() else self.state.current.rows
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
+        given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+        first = next((x for x in given if isinstance(x, Tensor) and x.dim()), None)
         if rows is not None and first is not None:
             check_rows(rows, first.shape[0])
 
@@ -314,6 +316,8 @@ def _images(module: Any, given: Mapping[str, Any]) -> Iterator[_Source]:
     if getattr(getattr(module.config, "vision_config", None), "model_type", None) == "pixtral":
         yield from _packed(module, given)
         return
+    if given.get("image_sizes") is not None:
+        _refuse("images of several sizes go through a tower that takes one")
     for name, placeholder in (("pixel_values", "image_token_id"), ("input_features", "audio_token_id")):
         if (x := _tensor(given, name)) is not None and _setting(module, placeholder) is not None:
             yield _Source([torch.ones(len(x), dtype=torch.int64)], placeholder)

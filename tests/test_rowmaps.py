@@ -284,7 +284,7 @@ def test_two_threads_route_their_own_images(llava: Scene) -> None:
             agree(one, expected[at])
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3", "mllama", "mistral3", "qwen2_audio"])
 def test_generate(name: str) -> None:
     scene = TOWERS[name]()
     adapted(scene.model, layers(scene.model))
@@ -295,6 +295,7 @@ def test_generate(name: str) -> None:
             expected.append(scene.model.generate(**inputs, **options)[0])
     with scene.model.route_lora(ROUTE):
         found = scene.model.generate(**scene.batch, **options)
+        assert require(scene.model).current.maps is None
     assert torch.equal(found, torch.stack(expected))
 
 
