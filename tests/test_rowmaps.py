@@ -206,7 +206,14 @@ def _moved(text: Tensor) -> None:
     text[1, 2:10] = IMAGE_ID
 
 
-@pytest.mark.parametrize("change", [_fewer, _moved], ids=["one too few", "half an image in another row"])
+def _last(text: Tensor) -> None:
+    text[2, (text[2] == IMAGE_ID).nonzero()[-1]] = 5
+
+
+CHANGES = {"one too few": _fewer, "one too few at the end": _last, "half an image in another row": _moved}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("name", ["llava", "mistral3", "qwen2_vl", "idefics3"])
 def test_placeholders_that_do_not_fit_raise_before_anything_runs(name: str, change: Callable[[Tensor], None]) -> None:
     scene = TOWERS[name]()
@@ -225,6 +232,16 @@ def test_placeholders_that_do_not_fit_raise_before_anything_runs(name: str, chan
         routed(scene)
     assert caught.value.remedy
     assert not ran
+
+
+def test_padding_and_placeholders_have_to_say_the_same() -> None:
+    scene = rowscenes.idefics3()
+    adapted(scene.model, tower(scene.model))
+    scene.batch["pixel_values"] = scene.batch["pixel_values"][[1, 0, 2]]
+    with pytest.raises(
+        LoRARouteError, match=r"placeholders the images are of rows \[0, 0, 2\], by the input of \[1, 1, 2\]"
+    ):
+        routed(scene)
 
 
 def test_what_hides_whose_the_images_are_is_refused(llava: Scene) -> None:
