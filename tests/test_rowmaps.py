@@ -141,6 +141,7 @@ def _of_text(path: str) -> bool:
 @pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_vl"])
 def test_a_part_of_an_unknown_architecture_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arch, "ROW_MAPS", {})
+    monkeypatch.setattr(arch, "INNER_PARTS", frozenset())  # whatever its parts are called
     scene = TOWERS[name]()
     maps = row_maps(scene.model, layers(scene.model))
     assert {row_map for path, row_map in maps.items() if _of_text(path)} == {"batch"}
@@ -210,7 +211,16 @@ def _last(text: Tensor) -> None:
     text[2, (text[2] == IMAGE_ID).nonzero()[-1]] = 5
 
 
-CHANGES = {"one too few": _fewer, "one too few at the end": _last, "half an image in another row": _moved}
+def _more(text: Tensor) -> None:
+    text[2, -1] = IMAGE_ID
+
+
+CHANGES = {
+    "one too few": _fewer,
+    "one too few at the end": _last,
+    "one too many": _more,
+    "half an image in another row": _moved,
+}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -450,6 +460,13 @@ def test_ids_of_one_dimension_are_no_rows() -> None:
         expected = model(x)
     with route_lora(model, ["b"] * 3):
         assert torch.equal(model(x), expected)
+
+
+def test_the_gate_of_shared_experts_sees_the_rows_one_after_another() -> None:
+    scene = plain("qwen2_moe")  # its one output is too narrow for the scan's ranks
+    config = LoRAConfig(r=1, target_modules=["shared_expert_gate"], alpha=16)
+    with_adapters(scene.model, {"a": config, "b": config})
+    agree(routed(scene), alone(scene))
 
 
 def test_an_encoder_of_its_own_refuses_another_number_of_rows() -> None:
