@@ -309,6 +309,8 @@ def _images(module: Any, given: Mapping[str, Any]) -> Iterator[_Source]:
     if getattr(getattr(module.config, "vision_config", None), "model_type", None) == "pixtral":
         yield from _packed(module, given)
         return
+    if given.get("image_sizes") is not None:
+        _refuse("images of several sizes go through a tower that takes one")
     for name, placeholder in (("pixel_values", "image_token_id"), ("input_features", "audio_token_id")):
         if (x := _tensor(given, name)) is not None and _setting(module, placeholder) is not None:
             yield _Source([torch.ones(len(x), dtype=torch.int64)], placeholder)

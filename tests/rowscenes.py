@@ -85,6 +85,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("AutoModelForMaskedLM", {**SMALL, "attention_window": 4}),
     "led": ("AutoModelForSeq2SeqLM", {**_BART, "attention_window": 4, "max_encoder_position_embeddings": 32}),
     "afmoe": ("AutoModelForCausalLM", {**MOE, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2}),
+    "wav2vec2-bert": ("AutoModel", {**SMALL, "feature_projection_input_dim": 32, "max_source_positions": 8}),
     "mlcd": ("AutoModel", dict(TOWER)),
     "donut-swin": ("AutoModel", _SWIN),
     "maskformer-swin": ("AutoModel", _SWIN),
@@ -119,6 +120,8 @@ def plain(model_type: str) -> Scene:
         batch = {"pixel_values": noise(ROWS, 3, side, side)}
     elif main == "input_values":
         batch = {"input_values": noise(ROWS, 64)}
+    elif model_type == "wav2vec2-bert":
+        batch = {"input_features": noise(ROWS, ROWS, 32)}
     elif main == "input_features":
         batch = {"input_features": noise(ROWS, config.num_mel_bins, 32)}
     else:
@@ -357,6 +360,26 @@ def llava_onevision() -> Scene:
     )
 
 
+def llava_onevision_many() -> Scene:
+    """Several images of a row are not cut."""
+    model = llava_onevision().model
+    pixels, sizes = noise(3, 5, 3, 16, 16), torch.tensor([[16, 32], [32, 16], [30, 30]])
+    counts = torch.tensor(IMAGES)
+    with torch.no_grad():
+        features = model.model.get_image_features(pixels, sizes, batch_num_images=counts).pooler_output
+    tokens = [len(feature) for feature in features]
+    text, alone, start = prompts([tokens[:2], [], tokens[2:]]), [], 0
+    for row, n in enumerate(IMAGES):
+        end = start + n
+        seen = (
+            {"pixel_values": pixels[start:end], "image_sizes": sizes[start:end], "batch_num_images": [n]} if n else {}
+        )
+        alone.append({"input_ids": text[row : row + 1], **seen})
+        start = end
+    batch = {"input_ids": text, "pixel_values": pixels, "image_sizes": sizes, "batch_num_images": counts}
+    return Scene(model, batch, alone)
+
+
 def llava_onevision_videos() -> Scene:
     scene = llava_onevision()
     with torch.no_grad():
@@ -509,7 +532,16 @@ TOWERS = {
         for scene in (
             *(llava, vipllava, paligemma, gemma3, internvl, aya_vision, cohere2_vision, llama4),
             *(idefics2, idefics3, smolvlm, llava_pixtral, mistral3, mllama, blip2, instructblip),
-            *(llava_next, llava_onevision, llava_onevision_videos, voxtral, qwen2_audio, switch, nllb),
+            *(
+                llava_next,
+                llava_onevision,
+                llava_onevision_many,
+                llava_onevision_videos,
+                voxtral,
+                qwen2_audio,
+                switch,
+                nllb,
+            ),
         )
     },
     **{

@@ -141,6 +141,7 @@ def _of_text(path: str) -> bool:
 @pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_vl"])
 def test_a_part_of_an_unknown_architecture_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arch, "ROW_MAPS", {})
+    monkeypatch.setattr(arch, "INNER_PARTS", frozenset())  # whatever its parts are called
     scene = TOWERS[name]()
     maps = row_maps(scene.model, layers(scene.model))
     assert {row_map for path, row_map in maps.items() if _of_text(path)} == {"batch"}
@@ -206,7 +207,23 @@ def _moved(text: Tensor) -> None:
     text[1, 2:10] = IMAGE_ID
 
 
-@pytest.mark.parametrize("change", [_fewer, _moved], ids=["one too few", "half an image in another row"])
+def _last(text: Tensor) -> None:
+    text[2, (text[2] == IMAGE_ID).nonzero()[-1]] = 5
+
+
+def _more(text: Tensor) -> None:
+    text[2, -1] = IMAGE_ID
+
+
+CHANGES = {
+    "one too few": _fewer,
+    "one too few at the end": _last,
+    "one too many": _more,
+    "half an image in another row": _moved,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("name", ["llava", "mistral3", "qwen2_vl", "idefics3"])
 def test_placeholders_that_do_not_fit_raise_before_anything_runs(name: str, change: Callable[[Tensor], None]) -> None:
     scene = TOWERS[name]()
@@ -225,6 +242,16 @@ def test_placeholders_that_do_not_fit_raise_before_anything_runs(name: str, chan
         routed(scene)
     assert caught.value.remedy
     assert not ran
+
+
+def test_padding_and_placeholders_have_to_say_the_same() -> None:
+    scene = rowscenes.idefics3()
+    adapted(scene.model, tower(scene.model))
+    scene.batch["pixel_values"] = scene.batch["pixel_values"][[1, 0, 2]]
+    with pytest.raises(
+        LoRARouteError, match=r"placeholders the images are of rows \[0, 0, 2\], by the input of \[1, 1, 2\]"
+    ):
+        routed(scene)
 
 
 def test_what_hides_whose_the_images_are_is_refused(llava: Scene) -> None:
@@ -284,7 +311,7 @@ def test_two_threads_route_their_own_images(llava: Scene) -> None:
             agree(one, expected[at])
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3", "mllama", "mistral3", "qwen2_audio"])
 def test_generate(name: str) -> None:
     scene = TOWERS[name]()
     adapted(scene.model, layers(scene.model))
@@ -295,6 +322,7 @@ def test_generate(name: str) -> None:
             expected.append(scene.model.generate(**inputs, **options)[0])
     with scene.model.route_lora(ROUTE):
         found = scene.model.generate(**scene.batch, **options)
+        assert require(scene.model).current.maps is None
     assert torch.equal(found, torch.stack(expected))
 
 
@@ -432,6 +460,13 @@ def test_ids_of_one_dimension_are_no_rows() -> None:
         expected = model(x)
     with route_lora(model, ["b"] * 3):
         assert torch.equal(model(x), expected)
+
+
+def test_the_gate_of_shared_experts_sees_the_rows_one_after_another() -> None:
+    scene = plain("qwen2_moe")  # its one output is too narrow for the scan's ranks
+    config = LoRAConfig(r=1, target_modules=["shared_expert_gate"], alpha=16)
+    with_adapters(scene.model, {"a": config, "b": config})
+    agree(routed(scene), alone(scene))
 
 
 def test_an_encoder_of_its_own_refuses_another_number_of_rows() -> None:
