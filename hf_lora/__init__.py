@@ -17,6 +17,7 @@ from .errors import (
     LoRAHubError,
     LoRAMismatchError,
     LoRANameError,
+    LoRAPoolError,
     LoRARouteError,
     LoRAStateError,
     LoRATargetError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .config import LoRAConfig
     from .hub import list_adapters
     from .optimizer import optimizer_groups
+    from .pool import LoRAPool
     from .training import LoRACallback
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "LoRAHubError",
     "LoRAMismatchError",
     "LoRANameError",
+    "LoRAPool",
+    "LoRAPoolError",
     "LoRARouteError",
     "LoRAStateError",
     "LoRATargetError",
@@ -59,6 +63,7 @@ _LATER = {
     "LoRAAdapter": "adapter",
     "LoRACallback": "training",
     "LoRAConfig": "config",
+    "LoRAPool": "pool",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
 }

@@ -1,0 +1,145 @@
+"""What is where, and who holds it: the pool's books. No model and no thread; the pool's lock guards every call."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ..state import Entry
+from .hostcache import Held, HostCache
+from .metrics import Counters
+
+__all__ = ["Resident", "Tiers", "Waiter"]
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter in a device slot."""
+
+    entry: Entry
+    held: Held
+
+
+@dataclass(eq=False)
+class Waiter:
+    """A batch that waits for device slots; its future is True once it holds its leases, False if it never will."""
+
+    ids: tuple[str, ...]
+    future: Future[bool] = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Tiers:
+    """Device slots, host memory, leases, and the queue for slots.
+
+    A batch gets all its slots at once or waits, first come, first served: so two batches never hold a part each and
+    wait for the other's. What is held, together with what is pinned, is never more than the slots; so whoever holds a
+    lease finds a slot, free or of an adapter that nobody holds.
+    """
+
+    def __init__(self, slots: int, host: HostCache) -> None:
+        self.slots, self.host = slots, host
+        self.device: OrderedDict[str, Resident] = OrderedDict()  # the least recently used first
+        self.leases: dict[str, int] = {}
+        self.pinned: set[str] = set()
+        self.versions: dict[str, int] = {}
+        self.queue: deque[Waiter] = deque()
+        self.count = Counters()
+
+    # ---- looking up --------------------------------------------------------------------------------------------------
+
+    def resident(self, adapter_id: str) -> Resident | None:
+        """What is in a device slot; not what was removed from the model by hand."""
+        found = self.device.get(adapter_id)
+        if found is not None and not found.entry.alive:
+            del self.device[adapter_id]
+            return None
+        return found
+
+    def current(self, adapter_id: str, held: Held) -> bool:
+        """Whether it is not older than the last `refresh`."""
+        return held.version == self.versions.get(adapter_id, 0)
+
+    def in_use(self, adapter_id: str) -> bool:
+        """Whether somebody holds it."""
+        return adapter_id in self.leases or adapter_id in self.pinned
+
+    @property
+    def held(self) -> set[str]:
+        """Everything that somebody holds."""
+        return self.leases.keys() | self.pinned
+
+    # ---- leases ------------------------------------------------------------------------------------------------------
+
+    def wait(self, ids: Sequence[str]) -> Waiter:
+        """Queue a batch for its leases."""
+        waiter = Waiter(tuple(ids))
+        self.queue.append(waiter)
+        self.admit()
+        return waiter
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Give up: leave the queue, or let go what was given meanwhile."""
+        if not waiter.future.done():
+            self.queue.remove(waiter)
+            waiter.future.set_result(False)
+            self.admit()
+        elif waiter.future.result():
+            self.release(waiter.ids)
+
+    def admit(self) -> None:
+        """Give the first of the queue their leases, as far as the slots go."""
+        while self.queue and self._fits(self.queue[0].ids):
+            waiter = self.queue.popleft()
+            for adapter_id in waiter.ids:
+                self.leases[adapter_id] = self.leases.get(adapter_id, 0) + 1
+            self.count.wait.add(time.monotonic() - waiter.since)
+            waiter.future.set_result(True)
+
+    def _fits(self, ids: Iterable[str]) -> bool:
+        pinned_only = sum(1 for adapter_id in self.pinned if adapter_id not in self.leases)
+        taken = len(self.leases) + pinned_only
+        for adapter_id in ids:
+            found = self.device.get(adapter_id)
+            if found is not None and adapter_id in self.leases and not self.current(adapter_id, found.held):
+                return False  # refreshed while in use: the new version comes when the old one is let go
+            taken += not self.in_use(adapter_id)
+        return taken <= self.slots
+
+    def release(self, ids: Iterable[str]) -> None:
+        """Let leases go."""
+        for adapter_id in ids:
+            left = self.leases[adapter_id] - 1
+            if left:
+                self.leases[adapter_id] = left
+            else:
+                del self.leases[adapter_id]
+        self.admit()
+
+    # ---- slots -------------------------------------------------------------------------------------------------------
+
+    def make_room(self, evictable: Callable[[Entry], bool]) -> tuple[str, Resident] | None:
+        """Take the least recently used adapter that nobody holds off the books; its value goes to host memory."""
+        for adapter_id in list(self.device):
+            found = self.resident(adapter_id)
+            if found is None or self.in_use(adapter_id) or not evictable(found.entry):
+                continue
+            del self.device[adapter_id]
+            if self.current(adapter_id, found.held):
+                self.keep(adapter_id, found.held)
+            return adapter_id, found
+        return None
+
+    def full(self) -> bool:
+        """Whether every slot has an adapter."""
+        if len(self.device) >= self.slots:
+            for adapter_id in list(self.device):
+                self.resident(adapter_id)
+        return len(self.device) >= self.slots
+
+    def keep(self, adapter_id: str, held: Held) -> None:
+        """Into host memory, as the most recently used."""
+        self.count.host_evictions += self.host.add(adapter_id, held)
