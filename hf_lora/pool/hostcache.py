@@ -73,3 +73,8 @@ class HostCache:
         if value is not None:
             self.nbytes -= value.nbytes
         return value
+
+    def clear(self) -> None:
+        """Take all out."""
+        self._values.clear()
+        self.nbytes = 0

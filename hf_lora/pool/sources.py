@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub, safefile, store
-from ..errors import LoRAFileError, LoRANameError, LoRAPoolError
+from ..errors import LoRAConfigError, LoRAFileError, LoRANameError
 from ..loading import read_source
 from ..values import AdapterValue
+from .refusals import too_large
 
-__all__ = ["Place", "Source", "SourceLike", "too_large"]
+__all__ = ["Place", "Source", "SourceLike"]
 
 Place = str | os.PathLike[str] | AdapterValue
 """A folder, a repo's id, or the adapter itself."""
@@ -50,7 +51,7 @@ class Source:
         elif isinstance(source, (str, os.PathLike)):
             root = Path(source)
             if not root.is_dir():
-                raise LoRAFileError(
+                raise LoRAConfigError(
                     f"source={os.fspath(source)!r} is no folder.",
                     name="source",
                     value=os.fspath(source),
@@ -60,7 +61,7 @@ class Source:
         elif callable(source):
             self._locate = source
         else:
-            raise LoRAFileError(
+            raise LoRAConfigError(
                 f"source={source!r} gives no adapters.",
                 name="source",
                 value=source,
@@ -77,7 +78,7 @@ class Source:
         place = self._locate(adapter_id)
         if isinstance(place, AdapterValue):
             self._check_value(adapter_id, place)
-            return place, 0
+            return place.copy(), 0  # its owner may go on training it
         if not isinstance(place, (str, os.PathLike)):
             raise LoRAFileError(
                 f"The source gave {place!r} for {adapter_id!r}.",
@@ -124,19 +125,6 @@ class Source:
             raise too_large(adapter_id, "max_rank", f"rank {rank}", rank, self.max_rank)
         if self.max_bytes is not None and nbytes > self.max_bytes:
             raise too_large(adapter_id, "max_bytes", f"{nbytes:,} bytes", nbytes, self.max_bytes)
-
-
-def too_large(adapter_id: str, limit: str, what: str, value: int, most: int) -> LoRAPoolError:
-    """The error of an adapter that is over a limit of the pool."""
-    error = LoRAPoolError(
-        f"The adapter {adapter_id!r} has {what}, over the pool's {limit}={most:,}.",
-        name=limit,
-        value=value,
-        expected=f"at most {most:,}",
-        remedy=f"Make the pool with a larger {limit}, or the adapter smaller (truncate, or a lower rank).",
-    )
-    error.kind = "too large"
-    return error
 
 
 def _looked_up(source: Mapping[str, Place], adapter_id: str) -> Place:

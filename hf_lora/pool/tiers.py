@@ -1,7 +1,8 @@
-"""What is where, and who holds it: the pool's books. No model and no thread; the pool's lock guards every call."""
+"""What is where, and who holds it: the pool's books. No model and no thread; its lock is held for every call."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -38,9 +39,12 @@ class Tiers:
     A batch gets all its slots at once or waits, first come, first served: so two batches never hold a part each and
     wait for the other's. What is held, together with what is pinned, is never more than the slots; so whoever holds a
     lease finds a slot, free or of an adapter that nobody holds.
+
+    An adapter is in one tier at a time: what leaves the device goes to host memory as the most recently used.
     """
 
     def __init__(self, slots: int, host: HostCache) -> None:
+        self.lock = threading.Condition(threading.Lock())  # never held while anything is read, placed or waited for
         self.slots, self.host = slots, host
         self.device: OrderedDict[str, Resident] = OrderedDict()  # the least recently used first
         self.leases: dict[str, int] = {}
@@ -48,8 +52,13 @@ class Tiers:
         self.versions: dict[str, int] = {}
         self.queue: deque[Waiter] = deque()
         self.count = Counters()
+        self.closed = False
 
     # ---- looking up --------------------------------------------------------------------------------------------------
+
+    def version(self, adapter_id: str) -> int:
+        """How often it was refreshed."""
+        return self.versions.get(adapter_id, 0)
 
     def resident(self, adapter_id: str) -> Resident | None:
         """What is in a device slot; not what was removed from the model by hand."""
@@ -59,13 +68,10 @@ class Tiers:
             return None
         return found
 
-    def current(self, adapter_id: str, held: Held) -> bool:
-        """Whether it is not older than the last `refresh`."""
-        return held.version == self.versions.get(adapter_id, 0)
-
-    def in_use(self, adapter_id: str) -> bool:
-        """Whether somebody holds it."""
-        return adapter_id in self.leases or adapter_id in self.pinned
+    def ready(self, adapter_id: str) -> Resident | None:
+        """What is in a device slot, in the version of the last `refresh`."""
+        found = self.resident(adapter_id)
+        return found if found is not None and found.held.version == self.version(adapter_id) else None
 
     @property
     def held(self) -> set[str]:
@@ -100,13 +106,13 @@ class Tiers:
             waiter.future.set_result(True)
 
     def _fits(self, ids: Iterable[str]) -> bool:
-        pinned_only = sum(1 for adapter_id in self.pinned if adapter_id not in self.leases)
-        taken = len(self.leases) + pinned_only
+        taken = len(self.leases) + sum(1 for adapter_id in self.pinned if adapter_id not in self.leases)
         for adapter_id in ids:
-            found = self.device.get(adapter_id)
-            if found is not None and adapter_id in self.leases and not self.current(adapter_id, found.held):
-                return False  # refreshed while in use: the new version comes when the old one is let go
-            taken += not self.in_use(adapter_id)
+            if adapter_id in self.leases:
+                if adapter_id in self.device and self.ready(adapter_id) is None:
+                    return False  # refreshed while in use: the new version comes when the old one is let go
+            elif adapter_id not in self.pinned:
+                taken += 1
         return taken <= self.slots
 
     def release(self, ids: Iterable[str]) -> None:
@@ -118,28 +124,45 @@ class Tiers:
             else:
                 del self.leases[adapter_id]
         self.admit()
+        self.lock.notify_all()
+
+    def refuse_waiting(self) -> None:
+        """Nobody in the queue gets anything."""
+        for waiter in self.queue:
+            waiter.future.set_result(False)
+        self.queue.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.device.clear()
+        self.pinned.clear()
+        self.host.clear()
 
     # ---- slots -------------------------------------------------------------------------------------------------------
-
-    def make_room(self, evictable: Callable[[Entry], bool]) -> tuple[str, Resident] | None:
-        """Take the least recently used adapter that nobody holds off the books; its value goes to host memory."""
-        for adapter_id in list(self.device):
-            found = self.resident(adapter_id)
-            if found is None or self.in_use(adapter_id) or not evictable(found.entry):
-                continue
-            del self.device[adapter_id]
-            if self.current(adapter_id, found.held):
-                self.keep(adapter_id, found.held)
-            return adapter_id, found
-        return None
 
     def full(self) -> bool:
         """Whether every slot has an adapter."""
         if len(self.device) >= self.slots:
-            for adapter_id in list(self.device):
+            for adapter_id in [*self.device]:
                 self.resident(adapter_id)
         return len(self.device) >= self.slots
 
+    def make_room(self, evictable: Callable[[Entry], bool]) -> tuple[str, Resident] | None:
+        """Take the least recently used adapter that nobody holds off the device's books, into host memory."""
+        for adapter_id, found in self.device.items():
+            if adapter_id not in self.leases and adapter_id not in self.pinned and evictable(found.entry):
+                del self.device[adapter_id]
+                if found.held.version == self.version(adapter_id):
+                    self.keep(adapter_id, found.held)
+                return adapter_id, found
+        return None
+
+    def restore(self, adapter_id: str, found: Resident) -> None:
+        """Undo `make_room`: it could not be taken off the model."""
+        self.host.pop(adapter_id)
+        self.device[adapter_id] = found
+
     def keep(self, adapter_id: str, held: Held) -> None:
         """Into host memory, as the most recently used."""
-        self.count.host_evictions += self.host.add(adapter_id, held)
+        if not self.closed:
+            self.count.host_evictions += self.host.add(adapter_id, held)

@@ -66,12 +66,11 @@ class Workers:
         for _ in self._threads:
             self._queue.put((_STOP, next(self._order), None))
 
-    def join(self, timeout: float) -> bool:
-        """Wait for the threads to end; whether all did."""
-        deadline = time.monotonic() + timeout
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the threads to end; None waits for as long as it takes."""
+        end = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
 
 
 def _work(jobs: queue.PriorityQueue[tuple[int, int, Job[object] | None]]) -> None:
