@@ -85,6 +85,9 @@ class Requests:
 
     def take(self, ids: Sequence[str], strict: bool) -> Steps[Lease]:
         """Read, wait for slots, place; the lease."""
+        with self.tiers.lock:
+            self._require_usable()
+            self._require_room([adapter_id for adapter_id in ids if not self.placer.foreign(adapter_id)])
         while True:
             values, failures = yield from self._read(ids)
             if strict and failures:
@@ -92,8 +95,7 @@ class Requests:
             own = [adapter_id for adapter_id, held in values.items() if held is not None]
             with self.tiers.lock:
                 self._require_usable()
-                if len(self.tiers.pinned.union(own)) > self.tiers.slots:
-                    raise too_many(len(own), self.tiers.slots, len(self.tiers.pinned.difference(own)))
+                self._require_room(own)
                 waiter = self.tiers.wait(own)
             try:
                 if not waiter.future.done():
@@ -204,6 +206,11 @@ class Requests:
         state = state_of(self.placer.model)
         if state is not None:
             state.require_unmerged("LoRAPool.acquire")
+
+    def _require_room(self, ids: Sequence[str]) -> None:
+        pinned = self.tiers.pinned.difference(ids)
+        if len(pinned) + len(ids) > self.tiers.slots:
+            raise too_many(len(ids), self.tiers.slots, len(pinned))
 
     def _timed_out(self, ids: Sequence[str], reading: bool) -> LoRAPoolError:
         with self.tiers.lock:
