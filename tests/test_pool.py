@@ -256,9 +256,11 @@ def test_what_is_where_is_what_least_recent_use_says(made, steps, device, host):
                 fits = reference.acquire(names)
                 if verb == "pin":
                     reference.pinned.update(names)
-            call = (lambda: pool.acquire(names).release()) if verb == "acquire" else getattr(pool, verb)
             with contextlib.nullcontext() if fits else pytest.raises(LoRAPoolError):
-                call() if verb == "acquire" else call(names[0])
+                if verb == "acquire":
+                    pool.acquire(names).release()
+                else:
+                    getattr(pool, verb)(names[0])
             assert pool.resident == tuple(reference.device)
             assert pool.cached == tuple(reference.host)
         now = pool.metrics()

@@ -230,6 +230,7 @@ class LoRAPool:
                 pinned=len(tiers.pinned),
                 leased=len(tiers.leases),
                 loading=len(self._loader.reading),
+                placing=len(self._placer.placing),
                 waiting=len(tiers.queue),
                 load_ms=count.load.times(),
                 place_ms=count.place.times(),

@@ -43,7 +43,8 @@ class PoolMetrics:
         device_adapters, host_adapters: how many are there now.
         device_bytes, host_bytes: of their tensors, as in their files.
         pinned, leased: adapters that stay: pinned ones, and those that open requests hold.
-        loading: reads queued or running. waiting: requests that wait for device slots.
+        loading, placing: reads, and writes into slots, that are queued or running.
+        waiting: requests that wait for device slots.
         load_ms: reading and checking one adapter. place_ms: writing one into its slot. wait_ms: for device slots.
         recent_failures: (id, message) of the last 16.
     """
@@ -65,6 +66,7 @@ class PoolMetrics:
     pinned: int
     leased: int
     loading: int
+    placing: int
     waiting: int
     load_ms: Times
     place_ms: Times
