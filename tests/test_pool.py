@@ -688,6 +688,12 @@ def test_who_finds_no_slot_waits_for_one_or_times_out(model, folder, ids, expect
         lease = pool.acquire(["a0", "a1"])
         with pytest.raises(LoRAPoolError) as caught:
             pool.acquire(["a0", "a2"], timeout=0.01)
+        with on_thread(lambda: pool.acquire("a3", timeout=20).release()):
+            until(lambda: pool.metrics().waiting == 1)
+            assert_rows(run_rows(pool, [None, None], ids), [None, None], expected)  # the base alone waits for nobody
+            lease.release()
+            until(lambda: nothing_held(pool))
+            lease = pool.acquire(["a0", "a1"])
         assert (caught.value.kind, pool.metrics().timeouts) == ("timeout", 1)
         assert (pool.metrics().leased, pool.metrics().waiting) == (2, 0)
         with on_thread(lambda: run_rows(pool, ["a2", "a0"], ids)) as done:
@@ -696,7 +702,7 @@ def test_who_finds_no_slot_waits_for_one_or_times_out(model, folder, ids, expect
             lease.release()
             lease.release()
         assert_rows(done[0], ["a2", "a0"], expected)
-        assert pool.metrics().wait_ms.count == 2
+        assert pool.metrics().wait_ms.count == 4
 
 
 def test_first_come_first_served(model, values):
@@ -979,6 +985,13 @@ def test_close_waits_for_requests_and_refuses_those_that_wait(model, values):
     assert queued[0].failures["a3"].kind == "closed"
     assert model.lora_names == ()
     assert pool_threads() == set()
+
+
+def test_a_pool_made_inside_a_block_works(model, values):
+    load_lora(model, values["a7"], name="mine")
+    with model.use_lora("mine"), LoRAPool(model, source=values) as pool:
+        pool.acquire("a0").release()
+        assert model.active_lora == "mine"
 
 
 def test_a_pool_that_nobody_closed_leaves_no_thread(model, values):

@@ -16,6 +16,8 @@ from .refusals import too_large
 
 __all__ = ["Place", "Source", "SourceLike"]
 
+_HEADERS = 2**20  # what a file may have beside its tensors; its own header says exactly, once it is here
+
 Place = str | os.PathLike[str] | AdapterValue
 """A folder, a repo's id, or the adapter itself."""
 
@@ -88,6 +90,8 @@ class Source:
             )
         folder = Path(place)
         if not folder.exists():
+            if self.max_bytes is not None:
+                self._refuse(adapter_id, 0, hub.weights_size(os.fspath(place), **self._options) or 0, _HEADERS)
             folder = hub.fetch(os.fspath(place), allow_pickle=self._allow_pickle, **self._options)
         nbytes = self._check_files(adapter_id, folder)
         value = read_source(folder, allow_pickle=self._allow_pickle)
@@ -120,10 +124,10 @@ class Source:
     def _check_value(self, adapter_id: str, value: AdapterValue) -> None:
         self._refuse(adapter_id, max(factors.rank for factors in value.factors.values()), value.nbytes)
 
-    def _refuse(self, adapter_id: str, rank: int, nbytes: int) -> None:
+    def _refuse(self, adapter_id: str, rank: int, nbytes: int, spare: int = 0) -> None:
         if self.max_rank is not None and rank > self.max_rank:
             raise too_large(adapter_id, "max_rank", f"rank {rank}", rank, self.max_rank)
-        if self.max_bytes is not None and nbytes > self.max_bytes:
+        if self.max_bytes is not None and nbytes > self.max_bytes + spare:
             raise too_large(adapter_id, "max_bytes", f"{nbytes:,} bytes", nbytes, self.max_bytes)
 
 

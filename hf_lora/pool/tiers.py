@@ -81,10 +81,13 @@ class Tiers:
     # ---- leases ------------------------------------------------------------------------------------------------------
 
     def wait(self, ids: Sequence[str]) -> Waiter:
-        """Queue a batch for its leases."""
+        """Queue a batch for its leases; one that needs none (rows of the base alone) does not wait."""
         waiter = Waiter(tuple(ids))
-        self.queue.append(waiter)
-        self.admit()
+        if waiter.ids:
+            self.queue.append(waiter)
+            self.admit()
+        else:
+            waiter.future.set_result(True)
         return waiter
 
     def withdraw(self, waiter: Waiter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import queue
 import threading
@@ -44,8 +45,12 @@ class Workers:
         self._queue: queue.PriorityQueue[tuple[int, int, Job[object] | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         # The target holds the queue and nothing else, so that a pool that nobody closed can be collected.
+        # It runs in an empty context: a use_lora() that is open here is not open there.
         self._threads = [
-            threading.Thread(target=_work, args=(self._queue,), name=f"{name}-{i}", daemon=True) for i in range(count)
+            threading.Thread(
+                target=contextvars.Context().run, args=(_work, self._queue), name=f"{name}-{i}", daemon=True
+            )
+            for i in range(count)
         ]
         for thread in self._threads:
             thread.start()
