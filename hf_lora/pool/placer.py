@@ -112,7 +112,8 @@ class Placer:
                         raise full(adapter_id, tiers.slots)
                     return False
             try:
-                self.remove(victim[0])
+                if victim[1].entry.alive:  # else it was removed by hand
+                    self.remove(victim[0])
             except LoRAStateError:  # a use_lora() outside the pool came in between
                 with self.tiers.lock:
                     self.tiers.restore(*victim)

@@ -145,19 +145,17 @@ class Tiers:
 
     def full(self) -> bool:
         """Whether every slot has an adapter."""
-        if len(self.device) >= self.slots:
-            for adapter_id in [*self.device]:
-                self.resident(adapter_id)
         return len(self.device) >= self.slots
 
     def make_room(self, evictable: Callable[[Entry], bool]) -> tuple[str, Resident] | None:
         """Take the least recently used adapter that nobody holds off the device's books, into host memory."""
         for adapter_id, found in self.device.items():
-            if adapter_id not in self.leases and adapter_id not in self.pinned and evictable(found.entry):
-                del self.device[adapter_id]
-                if found.held.version == self.version(adapter_id):
-                    self.keep(adapter_id, found.held)
-                return adapter_id, found
+            if adapter_id in self.leases or adapter_id in self.pinned or not evictable(found.entry):
+                continue
+            del self.device[adapter_id]
+            if found.held.version == self.version(adapter_id):
+                self.keep(adapter_id, found.held)
+            return adapter_id, found
         return None
 
     def restore(self, adapter_id: str, found: Resident) -> None:
