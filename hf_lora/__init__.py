@@ -17,6 +17,7 @@ from .errors import (
     LoRAHubError,
     LoRAMismatchError,
     LoRANameError,
+    LoRAPoolError,
     LoRARouteError,
     LoRAStateError,
     LoRATargetError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .config import LoRAConfig
     from .hub import list_adapters
     from .optimizer import optimizer_groups
+    from .pool import LoRAPool
     from .training import LoRACallback
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "LoRAHubError",
     "LoRAMismatchError",
     "LoRANameError",
+    "LoRAPool",
+    "LoRAPoolError",
     "LoRARouteError",
     "LoRAStateError",
     "LoRATargetError",
@@ -61,6 +65,7 @@ _LATER = {
     "LoRAAdapter": "adapter",
     "LoRACallback": "training",
     "LoRAConfig": "config",
+    "LoRAPool": "pool",
     "combine": "arithmetic",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",

@@ -6,7 +6,7 @@ so code that knows nothing of hf_lora still catches it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LoRAHubError",
     "LoRAMismatchError",
     "LoRANameError",
+    "LoRAPoolError",
     "LoRARouteError",
     "LoRAStateError",
     "LoRATargetError",
@@ -109,6 +110,19 @@ class LoRAMismatchError(LoRAError, ValueError):
 
 class LoRAStateError(LoRAError, RuntimeError):
     """The verb cannot be used in the model's present state (merged, routed, training)."""
+
+
+class LoRAPoolError(LoRAError, RuntimeError):
+    """A `LoRAPool` did not give what was asked for. Nothing of the call is left held.
+
+    Attributes:
+        kind: why, in a word or two: "failed" (an adapter could not be loaded), "too large" (over the pool's limits),
+            "too many" (more adapters than device slots), "timeout", "in use", "closed".
+        failures: id → the error of each adapter concerned; empty where the call as a whole was refused.
+    """
+
+    kind: str = ""
+    failures: Mapping[str, LoRAError] = {}  # never changed in place
 
 
 class LoRARouteError(LoRAError, ValueError):

@@ -26,7 +26,7 @@ from .values import AdapterValue
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelCard
 
-__all__ = ["HubAdapter", "fetch", "is_whole", "list_adapters", "push"]
+__all__ = ["HubAdapter", "fetch", "is_whole", "list_adapters", "push", "weights_size"]
 
 CARD_NAME = "README.md"
 
@@ -71,6 +71,26 @@ def fetch(
             raise
         _get(repo_id, PICKLE_NAME, subfolder, commit, options, asked=revision)
     return config.parent
+
+
+def weights_size(
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **_: Any,
+) -> int | None:
+    """Bytes of an adapter's weights as the Hub gives them, before any is fetched; None if it cannot say."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if local_files_only or _offline():
+        return None
+    with contextlib.suppress(LoRAHubError), translated(repo_id, token=token):  # `fetch` will say what is wrong
+        url = hf_hub_url(repo_id, WEIGHTS_NAME, subfolder=checked_subfolder(subfolder), revision=revision)
+        return get_hf_file_metadata(url, token=token).size
+    return None
 
 
 def _get(

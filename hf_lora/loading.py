@@ -32,6 +32,7 @@ __all__ = [
     "read_adapter_of",
     "read_checkpoint",
     "read_source",
+    "require_same_base",
     "save_checkpoint",
     "save_lora",
 ]
@@ -114,13 +115,13 @@ def load_lora(
             called = f"{called}/{options['subfolder'].strip('/')}"
     name = called if name is None else name
     if not force:
-        _require_same_base(model, value)
+        require_same_base(model, value)
     read_here = not isinstance(source, AdapterValue)
     put(model, value, name, trainable=trainable, replace=replace, complete=read_here, finite=read_here)
     return name
 
 
-def _require_same_base(model: nn.Module, value: AdapterValue) -> None:
+def require_same_base(model: nn.Module, value: AdapterValue) -> None:
     """Raise if the adapter says that it was made on another base. What it does not say is not held against it."""
     config = getattr(model, "config", None)
     theirs, ours = hub_id(value.config.base_model), hub_id(getattr(config, "_name_or_path", None))

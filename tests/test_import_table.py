@@ -75,6 +75,8 @@ TABLE: dict[str, str] = {
     "summary": "errors layerinfo model slots state switching targeting values",
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "arithmetic errors facts hub loading store values",
+    # many adapters on one model
+    "pool": "errors fitting hub loading model safefile state store switching values",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
@@ -82,7 +84,7 @@ TABLE: dict[str, str] = {
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter arithmetic config errors hub optimizer registration training",  # the package's own __init__
+    "hf_lora": "adapter arithmetic config errors hub optimizer pool registration training",  # the package's own __init__
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
