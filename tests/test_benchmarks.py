@@ -54,6 +54,13 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "decode step, 4 rows, all through the last resident": RESIDENT | FIRST,
         "decode step, 4 rows, each through another resident": (RESIDENT | FIRST)
         - {"hf_lora, 1 resident", "hf_lora, 1 resident, first call", "PEFT, 1 resident"},
+        **{
+            f"decode step, 4 rows, {rows} resident: first call of a route": {
+                f"hf_lora, {least} resident, first call",
+                "hf_lora, 8 resident, first call",
+            }
+            for rows, least in (("all through the last", 1), ("each through another", 4))
+        },
     },
     "merge": {
         f"{verb}, {dtype}": BOTH

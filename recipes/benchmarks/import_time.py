@@ -28,15 +28,19 @@ print(json.dumps([middle - start, end - middle, [m for m in untouched if m in sy
 BASE, OURS = "from transformers import PreTrainedModel", "import hf_lora, after it"
 
 
-def measure(runs: int) -> dict[str, list[float]]:
-    """Seconds of both imports in each run. Exits if hf_lora imported what it must leave alone."""
+def measure(runs: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of both imports in each run. Exits if hf_lora imported what it must leave alone.
+
+    Args:
+        warmup: runs that are not counted: the first one warms the disk cache.
+    """
     times: dict[str, list[float]] = {BASE: [], OURS: []}
-    for run in range(runs + 1):  # the first one warms the disk cache and is not counted
+    for run in range(-warmup, runs):
         done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
         first, second, pulled = json.loads(done.stdout)
         if pulled:
             sys.exit(f"import hf_lora imported {', '.join(pulled)}")
-        if run:
+        if run >= 0:
             times[BASE].append(first)
             times[OURS].append(second)
     return times

@@ -52,7 +52,12 @@ def measure_growth(root: Path, sizes: Sizes) -> list[Case]:
         {n: subjects.theirs(subjects.sharing(base), folders, n)[0] for n in sizes.peft_residents},
     )
     with frozen():
-        cases = [_switch(models, sizes), _load(models, sizes), _decode_one(models, sizes), _decode_many(models, sizes)]
+        cases = [
+            _switch(models, sizes),
+            _load(models, sizes),
+            *_decode_one(models, sizes),
+            *_decode_many(models, sizes),
+        ]
     layers = sizes.deep_shape["num_hidden_layers"]
     cases[0].notes.append(
         f"{layers} layers, {7 * layers} targets, hidden {sizes.deep_shape['hidden_size']}, rank 4; a model "
@@ -135,7 +140,7 @@ def _loader(verb: Callable[..., Any], folder: Path, keyword: str) -> Callable[[]
     return lambda: verb(str(folder), **{keyword: "new"})
 
 
-def _decode_one(models: Residents, sizes: Sizes) -> Case:
+def _decode_one(models: Residents, sizes: Sizes) -> list[Case]:
     return _decode(
         models,
         f"decode step, {sizes.rows} rows, all through the last resident",
@@ -144,13 +149,13 @@ def _decode_one(models: Residents, sizes: Sizes) -> Case:
     )
 
 
-def _decode_many(models: Residents, sizes: Sizes) -> Case:
+def _decode_many(models: Residents, sizes: Sizes) -> list[Case]:
     enough = [n for n in models.mine if n >= sizes.rows]
     spread = {n: [i * (n // sizes.rows) for i in range(sizes.rows)] for n in enough}
     return _decode(models, f"decode step, {sizes.rows} rows, each through another resident", spread, sizes)
 
 
-def _decode(models: Residents, label: str, rows: dict[int, list[int]], sizes: Sizes) -> Case:
+def _decode(models: Residents, label: str, rows: dict[int, list[int]], sizes: Sizes) -> list[Case]:
     forward = step(models.base, "decode", sizes.rows, sizes.past)
     competitors, checks = [], {}
     routes = [Routes(model) for model in models.mine.values()]
@@ -177,15 +182,17 @@ def _decode(models: Residents, label: str, rows: dict[int, list[int]], sizes: Si
             if n in rows:
                 run, reset = forward.on(model, adapter_names=[f"a{i}" for i in rows[n]])
                 enter(_named("PEFT", n), n, run, reset, sizes.peft_every)
-        first, last = min(rows), max(rows)
-        return in_turn(
+        first, last = (_named("hf_lora", n) for n in (min(rows), max(rows)))
+        case = in_turn(
             label,
             competitors,
             rounds=sizes.rounds,
             checks=checks,
-            reference=_named("hf_lora", first),
-            goals={_named("hf_lora", last): _FLAT},
+            reference=first,
+            goals={last: _FLAT},
         )
+        called = {f"{first}, first call": None, f"{last}, first call": _FLAT}
+        return [case, case.seen(f"{label}: first call of a route", f"{first}, first call", called)]
     finally:
         for route in routes:
             route.close()

@@ -16,7 +16,7 @@ _GOAL = Goal(0.15, "value", "design")
 
 def measure_import(root: Path, sizes: Sizes) -> list[Case]:
     """What the import adds to that of transformers' PreTrainedModel."""
-    times = import_time.measure(sizes.import_runs)  # exits if more is imported than may be
+    times = import_time.measure(sizes.import_runs, warmup=int(sizes.real))  # exits if more is imported than may be
     check = Check("the modules that it must leave alone", 0.0, 0.0)
     names = {import_time.BASE: (None, "transformers"), import_time.OURS: (_GOAL, "hf_lora")}
     outcomes = [Outcome(who, dict(enumerate(times[name])), goal, check) for name, (goal, who) in names.items()]

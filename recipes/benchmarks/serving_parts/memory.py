@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import subjects
-from .measure import Case, Check, Outcome, compare, difference
+from .measure import Case, Check, Outcome, compare, difference, frozen
 from .rows import Routes, step
 from .sizes import Sizes
 
@@ -21,7 +21,7 @@ FILE, OURS, PEFT = "the tensors in the file", "hf_lora", "PEFT"
 
 
 def alive_bytes() -> int:
-    """The storages of all tensors that Python can reach, each counted once."""
+    """The storages of all tensors that Python has made since `frozen()`, and can reach; each counted once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -44,13 +44,18 @@ def measure_bytes(root: Path, sizes: Sizes) -> list[Case]:
     if sizes.real:
         shapes["SmolLM2-135M's shape"] = sizes.load_shape
     cases = [
-        case for i, (name, shape) in enumerate(shapes.items()) for case in _measure(root / str(i), name, shape, sizes)
+        case for i, (name, shape) in enumerate(shapes.items()) for case in _measured(root / str(i), name, shape, sizes)
     ]
     cases[0].notes.append(
         "The banks of frozen adapters double when they are full, so one adapter more than a power of two is the worst "
         "case. hf_lora keeps an adapter twice: in the bank, in the base's dtype, and as it was loaded, for saving."
     )
     return cases
+
+
+def _measured(root: Path, label: str, shape: dict[str, Any], sizes: Sizes) -> list[Case]:
+    with frozen():  # fewer objects to look at
+        return _measure(root, label, shape, sizes)
 
 
 def _measure(root: Path, label: str, shape: dict[str, Any], sizes: Sizes) -> list[Case]:

@@ -194,7 +194,7 @@ class ByHand(nn.Linear):
     Bt: Tensor  # (N, r, out), scaled
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
-        return torch.baddbmm(super().forward(input), torch.bmm(input, self.At), self.Bt)
+        return super().forward(input).baddbmm_(torch.bmm(input, self.At), self.Bt)
 
 
 def by_hand(model: Any, folders: Sequence[Path], rows: Sequence[int]) -> Any:
