@@ -30,6 +30,7 @@ ALLOWED_SKIPS = ("needs a CUDA device",)
 
 # Files that test the project rather than the package: no need to run them against an old transformers or without peft.
 NOT_CORE = {
+    "test_benchmarks.py",
     "test_card.py",
     "test_ci.py",
     "test_cli.py",
