@@ -84,7 +84,7 @@ TABLE: dict[str, str] = {
     "mixin": "adapter config errors integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter arithmetic config errors hub optimizer pool registration training",  # the package's own __init__
+    "hf_lora": "adapter arithmetic config errors hub optimizer pool registration training",  # the __init__
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
