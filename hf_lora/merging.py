@@ -1,86 +1,73 @@
-"""Merge adapters into the base's weights, and take them out again, bit for bit."""
+"""Merge adapters into the base's weights, swap what is merged, and take it out again, bit for bit.
+
+All three are one change of the weights, from a record to a new one: W + ΔA → W → W + ΔB, layer by layer. It happens
+whole or not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .errors import LoRAStateError, LoRAUnsupportedError
+from .errors import LoRAStateError
+from .exact import Factored, Record, Scratch, added, fingerprint, restored
 from .layerinfo import is_held
-from .layers import LoRAHead, LoRALinear
+from .layers import LoRAHead
 from .model import read, require
 from .sharding import refuse_sharded
-from .state import Active
+from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
-from .weights import MergeRecord, device_of, merge, mergeable, unmerge
+from .ties import refuse_tied, refuse_untied, retie, untie
+from .values import AdapterValue
+from .weights import mergeable
+from .workers import each
 
-__all__ = ["Merged", "merge_lora", "require_mergeable", "unmerge_lora"]
+__all__ = ["Merged", "merge_lora", "merged_lora", "require_mergeable", "unmerge_lora"]
 
 
 @dataclass(eq=False)
 class Merged:
-    """A merge, as `unmerge_lora` needs it."""
+    """A merge, as `unmerge_lora` and the next merge need it."""
 
     active: Active
-    weights: dict[str, MergeRecord] = field(default_factory=dict)
+    weights: dict[str, Record] = field(default_factory=dict)  # by the layer's path
     tensors: dict[str, Tensor] = field(default_factory=dict)  # biases and heads: the base's own values
+    written: dict[str, bytes] = field(default_factory=dict)  # and the fingerprints of the adapter's
+    ties: dict[str, nn.Parameter] = field(default_factory=dict)  # what stood where a weight got a copy of its own
 
     @property
     def nbytes(self) -> int:
-        """What undoing the merge holds in memory."""
-        return sum(r.nbytes for r in self.weights.values()) + sum(t.nbytes for t in self.tensors.values())
+        """What undoing the merge holds in memory; a weight that was untied counts, too."""
+        kept = [*self.tensors.values(), *self.ties.values()]
+        return sum(record.nbytes for record in self.weights.values()) + sum(tensor.nbytes for tensor in kept)
 
 
-def merge_lora(model: nn.Module, which: Which = None) -> Merged:
+def merge_lora(model: nn.Module, which: Which = None, *, replace: bool = False, untie: bool = False) -> Merged:
     """W ← round(W + Σ wᵢ ΔWᵢ), so that the model runs at the base's speed; exactly undone by `unmerge_lora`.
 
-    Until then the record keeps, for each weight matrix, the factors, one bit a weight, and the weights that rounding
-    moved (about a tenth of them where ‖ΔW‖/‖W‖ is 0.1).
+    Until then the record keeps the factors, the weights that rounding moved (about a tenth of them where ‖ΔW‖/‖W‖ is
+    0.1) and their places, which take 3 bits a weight at most.
 
     Args:
         which: what to merge, as in `set_lora`; None merges what is active by default.
+        replace: if something is merged already, put this in its place: W + ΔA → W + ΔB in one go, bit for bit what a
+            merge into the base gives.
+        untie: a weight that is tied to a layer that the adapter does not change gets a copy of its own while merged.
 
     Raises:
-        LoRAStateError: merged already, routed, training, nothing active, or an adapter that is not finite or
-            overflows the weights' dtype; the weights are then as before.
-        LoRAUnsupportedError: a quantised, offloaded or tied weight.
+        LoRAStateError: merged already (without `replace`), an open `use_lora`, `no_lora` or `route_lora` in any thread,
+            training, nothing active, or an adapter that is not finite or overflows the weights' dtype. The weights, and
+            what is merged, are then as before.
+        LoRAUnsupportedError: a quantised or offloaded weight, or a tied one without `untie`.
     """
-    state = require(model)
-    state.require_unmerged("merge_lora")
-    if state.overridden:
-        raise LoRAStateError(
-            "merge_lora() cannot be used inside use_lora(), no_lora() or route_lora().", remedy="Leave the with block."
-        )
     if model.training:
         raise LoRAStateError("merge_lora() cannot be used while the model trains.", remedy="Call model.eval() first.")
-    remedy = "save_lora(), and merge where the base is whole, in one process."
-    refuse_sharded(model, "merge_lora() cannot be used", remedy, zero3=True)
-    active = state.default if which is None else selection(state, which)
-    if not active.mixture:
-        raise LoRAStateError("No adapter is active, so there is nothing to merge.", remedy="Name one: merge_lora('…').")
-    with state.lock:
-        merged, modules = Merged(active), dict(model.named_modules())
-        pairs = _pairs(model, active)
-        require_mergeable(model, active)
-        _refuse_not_finite(model, active)
-        try:
-            for path, (A, B) in pairs.items():
-                module = modules[path]
-                weight = mergeable(module, path)
-                device = device_of(module)
-                merged.weights[path] = merge(
-                    weight, A.to(device), B.to(device), transposed=_transposed(module), path=path
-                )
-            _put_whole(model, active, merged)
-        except BaseException:
-            _undo(model, merged)
-            raise
-        state.merged = merged
-    return merged
+    return _merge(model, which, replace, untie, "merge_lora")
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -90,110 +77,205 @@ def unmerge_lora(model: nn.Module) -> None:
         LoRAStateError: nothing is merged, or a weight changed since; the model is then still merged.
     """
     state = require(model)
-    if state.merged is None:
-        raise LoRAStateError("No adapter is merged into this model.", remedy="Call merge_lora() first.")
     with state.lock:
-        _undo(model, state.merged)
+        if state.merged is None:
+            raise LoRAStateError("No adapter is merged into this model.", remedy="Call merge_lora() first.")
+        _change(model, state.merged, Merged(NOTHING), {}, {}, {})
         state.merged = None
 
 
-def require_mergeable(model: nn.Module, active: Active) -> None:
+@contextmanager
+def merged_lora(model: nn.Module, which: Which = None, *, untie: bool = False, verb: str) -> Iterator[Merged]:
+    """Within the block the weights hold the adapters, in training mode too: for what reads weights and runs nothing."""
+    merged = _merge(model, which, False, untie, verb)
+    try:
+        yield merged
+    finally:
+        unmerge_lora(model)
+
+
+def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) -> None:
     """Raise `LoRAUnsupportedError` if a weight that a merge of `active` changes is quantised, offloaded or tied."""
-    layers = dict.fromkeys(path for entry in active.entries for path in entry.record.layers)
-    for path in layers:
+    for path in _layers(active):
         mergeable(model.get_submodule(path), path)
+    if not untie:
+        refuse_tied(model, _touched(model, active))
+
+
+def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str) -> Merged:
+    state = require(model)
+    remedy = "save_lora(), and merge where the base is whole, in one process."
+    refuse_sharded(model, f"{verb}() cannot be used", remedy, zero3=True)
+    with state.lock:
+        old = state.merged
+        if not replace:
+            state.require_unmerged(verb, remedy="Call unmerge_lora() first, or pass replace=True to merge_lora().")
+        active = state.default if which is None else selection(state, which)
+        if not active.mixture:
+            raise LoRAStateError(
+                "No adapter is active, so there is nothing to merge.", remedy=f'Name one: {verb}(…, "task").'
+            )
+        require_mergeable(model, active, untie=untie)
+        touched = _touched(model, active)
+        if not untie and old is not None:
+            refuse_untied([path for path in old.ties if path in touched])
+        values = {entry.name: read(model, entry.name) for entry, _ in active.mixture}
+        changes, whole = _changes(model, active, values), _whole(model, active, values)
+        new = Merged(active)
+        with _held(state, verb, new):
+            _change(model, old or Merged(NOTHING), new, changes, whole, touched if untie else [])
+            state.merged = new
+    return new
+
+
+@contextmanager
+def _held(state: LoRAState, verb: str, new: Merged) -> Iterator[None]:
+    """While weights change no block that overrides what is active may open; raises if one is open."""
+    old = state.merged
+    state.close(verb, old or new)
+    try:
+        yield
+    except BaseException:
+        state.merged = old
+        raise
+
+
+# ---- what a merge puts where -----------------------------------------------------------------------------------------
+
+
+def _layers(active: Active) -> list[str]:
+    return list(dict.fromkeys(path for entry in active.entries for path in entry.record.layers))
+
+
+def _touched(model: nn.Module, active: Active) -> list[str]:
+    """The paths of every Parameter that a merge writes."""
     whole = [path for entry in active.entries for path in entry.record.biases]
     for head in [path for entry in active.entries for path in entry.record.heads]:
         whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
-    _refuse_tied(model, [*(f"{path}.weight" for path in layers), *whole])
+    return [*(f"{path}.weight" for path in _layers(active)), *whole]
 
 
-def _pairs(model: nn.Module, active: Active) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (ΣR, in) and B (out, ΣR), scaled and weighted, of every layer that the mixture touches; float32 or wider."""
+def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Factored]:
+    """ΔW of every layer that the mixture touches, scaled and weighted; float32 or wider."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for entry, weight in active.mixture:
-        for path, factors in read(model, entry.name).factors.items():
+        for path, factors in values[entry.name].factors.items():
             wide = torch.promote_types(factors.A.dtype, torch.float32)
             parts.setdefault(path, []).append((factors.A.to(wide), factors.B.to(wide) * (factors.scaling * weight)))
-    return {path: (torch.cat([a for a, _ in pair]), torch.cat([b for _, b in pair], 1)) for path, pair in parts.items()}
+    changes = {}
+    for path, pairs in parts.items():
+        A, B = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+        info = describe_layer(model.get_submodule(path))
+        turned = info is not None and info.kind in ("conv1d", "embedding")  # their weights are (in, out)
+        changes[path] = Factored(A.T.contiguous(), B.T.contiguous()) if turned else Factored(B, A)
+    return changes
 
 
-def _transposed(module: nn.Module) -> bool:
-    info = describe_layer(module)
-    return info is not None and info.kind in ("conv1d", "embedding")
-
-
-def _refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse parameters that another module uses too: it would change with a merge, and was not to."""
-    owners: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        if not is_held(path):
-            owners.setdefault(id(parameter), []).append(path)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path in paths:
-        owner, _, leaf = path.rpartition(".")
-        module = modules[owner]
-        names = owners.get(id(module._parameters.get(leaf)), [])
-        others = [name for name in names if modules[name.rpartition(".")[0]] is not module]
-        if others:
-            raise LoRAUnsupportedError(
-                f"{owner}: its {leaf} is tied to {', '.join(others)}; a merge would change both.",
-                name=path,
-                value=others,
-                remedy="Untie them first (tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
-            )
-
-
-def _refuse_not_finite(model: nn.Module, active: Active) -> None:
-    """What replaces a bias or a head; factors are looked at as ΔW."""
+def _whole(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Tensor]:
+    """What takes the place of the base's biases and heads, in their dtypes; a mixture holds none."""
+    found: dict[str, Tensor] = {}
+    own = _tensors(model) if any(entry.record.whole for entry in active.entries) else {}
     for entry, _ in active.mixture:
-        if not entry.record.whole:
-            continue
-        value = read(model, entry.name)
-        heads = [(f"{p}.{key}", t) for p, state in value.modules.items() for key, t in state.items()]
-        for name, tensor in [*value.biases.items(), *heads]:
-            own = model.get_parameter(name).dtype if name in value.biases else tensor.dtype
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(own)).all()):
+        value = values[entry.name]
+        given = dict(value.biases)
+        for path, tensors in value.modules.items():
+            assert isinstance(model.get_submodule(path), LoRAHead)
+            given |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
+        for name, tensor in given.items():
+            found[name] = tensor.to(own[name].dtype)
+            if tensor.is_floating_point() and not bool(torch.isfinite(found[name]).all()):
                 raise LoRAStateError(
-                    f"{name}: adapter {entry.name!r} holds values there that are NaN or infinite in {own}, "
+                    f"{name}: adapter {entry.name!r} holds values there that are NaN or infinite in {own[name].dtype}, "
                     "so it was not merged.",
                     name=name,
                     remedy="Check the adapter (a diverged training run?).",
                 )
+    return found
 
 
-def _put_whole(model: nn.Module, active: Active, merged: Merged) -> None:
-    """Write the adapter's biases and heads over the base's; a mixture holds none."""
-    for entry, _ in active.mixture:
-        for path in entry.record.biases:
-            owner = model.get_submodule(path.rpartition(".")[0])
-            assert isinstance(owner, LoRALinear)
-            assert isinstance(owner.bias, Tensor)
-            merged.tensors[path] = owner.bias.detach().clone()
-            trained = read(model, entry.name).biases[path]
-            owner.bias.detach().copy_(trained)
-        for path in entry.record.heads:
-            head = model.get_submodule(path)
-            assert isinstance(head, LoRAHead)
-            own = dict(head.named_parameters(remove_duplicate=False)) | dict(head.named_buffers())
-            for key, tensor in head.lora_heads.copies[str(entry.slot)].state_dict().items():
-                merged.tensors[f"{path}.{key}"] = own[key].detach().clone()
-                own[key].detach().copy_(tensor)
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach() for name, tensor in every if not is_held(name)}
 
 
-def _undo(model: nn.Module, merged: Merged) -> None:
+# ---- the change ------------------------------------------------------------------------------------------------------
+
+
+def _change(
+    model: nn.Module,
+    old: Merged,
+    new: Merged,
+    changes: Mapping[str, Factored],
+    whole: Mapping[str, Tensor],
+    apart: Iterable[str],
+) -> None:
+    """Take out what `old` put in, and put `changes` and `whole` in, with records in `new`: all of it or nothing.
+
+    Args:
+        apart: Parameters that get a copy of their own if they are tied.
+    """
     modules = dict(model.named_modules())
-    done: list[str] = []
+    paths = list(dict.fromkeys([*old.weights, *changes]))
+
+    def forward(path: str, scratch: Scratch) -> None:
+        weight, was = mergeable(modules[path], path).detach(), old.weights.get(path)
+        result = weight if was is None else restored(weight, was, path, scratch)
+        if path in changes:
+            before = b"" if was is None else was.before
+            result, record = added(result, changes[path], path, scratch, before)
+            new.weights[path] = record  # before the write: after a failure the weight itself tells which it is
+        weight.copy_(result)
+
+    def backward(path: str, scratch: Scratch) -> None:
+        weight, was, now = mergeable(modules[path], path).detach(), old.weights.get(path), new.weights.get(path)
+        found = fingerprint(weight)
+        if was is not None and found == was.after:
+            return
+        if now is not None and found == now.after:
+            result = restored(weight, now, path, scratch)
+        elif found in {record.before for record in (was, now) if record is not None}:
+            result = weight
+        else:
+            return  # somebody else wrote it, which is what was raised
+        weight.copy_(result if was is None else added(result, was.change, path, scratch)[0])
+
+    _require_unchanged(model, old)
     try:
-        for path, record in merged.weights.items():
-            module = modules[path]
-            unmerge(mergeable(module, path), record, transposed=_transposed(module), path=path)
-            done.append(path)
+        _write(model, old.tensors)
+        new.ties.update({path: shared for path, shared in old.ties.items() if path in set(apart)})
+        if apart:
+            untie(model, apart, new.ties)
+        each(forward, paths, _on_cpu(modules))
+        if whole:
+            own = _tensors(model)
+            new.tensors.update({name: own[name].clone() for name in whole})
+            _write(model, whole)
+            new.written.update({name: fingerprint(own[name]) for name in whole})
     except BaseException:
-        for path in done:  # all or nothing: what was taken out goes in again, as it was
-            module, record = modules[path], merged.weights[path]
-            merge(mergeable(module, path), record.A, record.B, transposed=_transposed(module), path=path)
+        _write(model, new.tensors)
+        each(backward, paths, _on_cpu(modules))
+        retie(model, {path: shared for path, shared in new.ties.items() if path not in old.ties})
+        _write(model, _whole(model, old.active, {e.name: read(model, e.name) for e in old.active.entries}))
         raise
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    for name, value in merged.tensors.items():
-        tensors[name].detach().copy_(value)
+    retie(model, {path: shared for path, shared in old.ties.items() if path not in new.ties})
+
+
+def _on_cpu(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
+    return lambda path: mergeable(modules[path], path).device.type == "cpu"
+
+
+def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    own = _tensors(model) if values else {}
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+def _require_unchanged(model: nn.Module, merged: Merged) -> None:
+    own = _tensors(model) if merged.written else {}
+    for name, before in merged.written.items():
+        if fingerprint(own[name]) != before:
+            raise LoRAStateError(
+                f"{name} changed since it was merged, so the base cannot be restored.",
+                name=name,
+                remedy="Load the base model again; do not train or overwrite weights while an adapter is merged.",
+            )

@@ -187,13 +187,45 @@ class LoRAMixin:
         """Choose which adapters train: these and no others. Make a new optimizer afterwards."""
         placing.train(self, names)
 
-    def merge_lora(self: Any, which: Which = None) -> None:
-        """W ← W + ΔW of what is active (or of `which`); `unmerge_lora` restores every bit."""
-        merging.merge_lora(self, which)
+    def merge_lora(self: Any, which: Which = None, *, replace: bool = False, untie: bool = False) -> None:
+        """W ← W + ΔW of what is active (or of `which`); `unmerge_lora` restores every bit.
+
+        Args:
+            which: a name, names, or {name: weight}; None is what is active by default.
+            replace: in place of what is merged already, if anything: W + ΔA → W + ΔB, layer by layer.
+            untie: a weight that is tied to another layer's gets a copy of its own while merged, instead of an error.
+
+        Raises:
+            LoRAStateError, LoRAUnsupportedError: nothing has changed then, and what was merged still is.
+        """
+        merging.merge_lora(self, which, replace=replace, untie=untie)
 
     def unmerge_lora(self: Any) -> None:
         """Take out what `merge_lora` put in; every bit of the base is as before."""
         merging.unmerge_lora(self)
+
+    def merge_and_save(
+        self: Any,
+        directory: str | os.PathLike[str],
+        which: Which = None,
+        *,
+        untie: bool = False,
+        max_shard_size: int | str | None = None,
+    ) -> Path:
+        """Write base + adapters as a standalone model folder, for any tool; the model here stays as it is.
+
+        Args:
+            directory: a new or empty folder; it appears when everything is written.
+            which: a name, names, or {name: weight}; None is what is active by default, or what is merged already.
+            untie: write tied weights of which the adapter changes one as two; otherwise they are refused.
+            max_shard_size: bytes, or such as "5GB", of each file of weights.
+
+        Raises:
+            LoRAFileError, LoRAStateError, LoRAUnsupportedError: nothing was written, and the model is as before.
+        """
+        from .export import merge_and_save
+
+        return merge_and_save(self, directory, which, untie=untie, max_shard_size=max_shard_size)
 
     def remove_lora(self: Any, name: str | None = None) -> None:
         """Take one adapter off, or all; without any, the model is what it was, bit for bit. Unmerges first."""

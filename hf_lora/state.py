@@ -49,6 +49,9 @@ class Entry:
     alive: bool = True
     users: int = 0  # open use_lora and route_lora blocks that name it, in whatever thread
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "users": 0}  # the blocks are open on the model that this is a copy of
+
     def check(self) -> Entry:
         """This entry. Raises `LoRAStateError` if the adapter was removed."""
         if not self.alive:
@@ -110,6 +113,7 @@ class LoRAState:
         self.width = 1  # the widest mixture so far
         self.removals = 0  # adapters taken off so far: what was checked before is checked again after one
         self.merged: Any = None  # the merge's record while the weights hold ΔW
+        self.blocks = 0  # open use_lora, no_lora and route_lora blocks, in whatever thread
         self.facts: dict[str, Any] = {}  # what other rooms keep of this model (what trained before, say)
         self.traced: tuple[Tensor, Tensor] | None = None  # while tracing: what a checkpointed region was entered with
         self._register()
@@ -121,10 +125,10 @@ class LoRAState:
 
     # A copy of a model (deepcopy, pickle, torch.save) is another model: same adapters, its own state.
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("uid", "lock", "traced")}
+        return {k: v for k, v in vars(self).items() if k not in ("uid", "lock", "traced", "blocks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, traced=None)
+        vars(self).update(state, traced=None, blocks=0)
         self._register()
 
     @property
@@ -153,14 +157,27 @@ class LoRAState:
                 remedy="load_lora() or add_lora() puts one on the model.",
             ) from None
 
-    def require_unmerged(self, verb: str) -> None:
+    def require_unmerged(self, verb: str, remedy: str = "Call unmerge_lora() first.") -> None:
         """Raise `LoRAStateError` while the weights hold a merged adapter."""
         if self.merged is not None:
             raise LoRAStateError(
                 f"{verb}() cannot be used while an adapter is merged into the weights.",
                 name=verb,
-                remedy="Call unmerge_lora() first.",
+                remedy=remedy,
             )
+
+    def close(self, verb: str, merged: Any) -> None:
+        """From now on the weights are not the base's, so that no block can open; raises if one is open."""
+        with _COUNTING:
+            if self.blocks:
+                raise LoRAStateError(
+                    f"{verb}() cannot be used inside use_lora(), no_lora() or route_lora(), or while another thread "
+                    "is inside one: what it runs would have the merged weights.",
+                    name=verb,
+                    value=self.blocks,
+                    remedy="Leave every such with block first, in every thread.",
+                )
+            self.merged = merged
 
     def free_slot(self) -> int:
         """The lowest slot that no adapter holds."""
@@ -172,13 +189,22 @@ class LoRAState:
         self.width = max(self.width, len(active.mixture))
 
     @contextmanager
-    def override(self, active: Active) -> Iterator[None]:
-        """Make `active` what the current call chain sees, until the block ends (also by an exception)."""
+    def override(self, active: Active, verb: str | None = None) -> Iterator[None]:
+        """Make `active` what the current call chain sees, until the block ends (also by an exception).
+
+        Args:
+            verb: who opens the block; it is refused while merged.
+        """
         self.widen(active)
         entries = active.entries
         with _COUNTING:
+            if verb is not None:
+                self.require_unmerged(verb)
             for entry in entries:
-                entry.check().users += 1
+                entry.check()
+            for entry in entries:
+                entry.users += 1
+            self.blocks += 1
         mine = self.enter(active)
         try:
             yield
@@ -194,6 +220,7 @@ class LoRAState:
             with _COUNTING:
                 for entry in entries:
                     entry.users -= 1
+                self.blocks -= 1
 
     def enter(self, active: Active) -> Block:
         """Open a block: `active` is what the current call chain sees until `leave`."""

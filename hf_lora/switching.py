@@ -106,7 +106,7 @@ def use_lora(model: nn.Module, which: Which) -> Iterator[nn.Module]:
     """
     state = require(model)
     state.require_unmerged("use_lora")
-    with state.override(selection(state, which)):
+    with state.override(selection(state, which), "use_lora"):
         yield model
 
 
@@ -133,5 +133,5 @@ def route_lora(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mod
             remedy='Give one entry for each row of the batch: route_lora(["a", "b", None]); use_lora() sets all rows.',
         )
     rows = tuple(None if name is None else state.entry(name) for name in names)
-    with state.override(Active(rows=rows)):
+    with state.override(Active(rows=rows), "route_lora"):
         yield model

@@ -39,6 +39,8 @@ TABLE: dict[str, str] = {
     "targeting": "architectures batches config errors layerinfo matching patterns survey",
     # layers
     "weights": "errors sharding",
+    "exact": "errors",
+    "workers": "exact",
     "variants": "errors functional weights",
     "banks": "functional state",
     "slots": "banks functional routing rowmaps state variants",
@@ -68,7 +70,8 @@ TABLE: dict[str, str] = {
     "fitting": "batches config errors layerinfo layers sharding state targeting values weights",
     "model": "config errors facts fitting initial layerinfo layers routing rowmaps sharding slots state targeting values weights",  # noqa: E501
     "switching": "errors model state",
-    "merging": "errors layerinfo layers model sharding state switching targeting weights",
+    "ties": "errors layerinfo",
+    "merging": "errors exact layerinfo layers model sharding state switching targeting ties values weights workers",
     "optimizer": "errors layers model",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
@@ -79,9 +82,9 @@ TABLE: dict[str, str] = {
     "pool": "errors fitting hub loading model safefile state store switching values",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors fitting hub_errors integrations layerinfo loading safefile values",
+    "export": "bases config errors exact fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
-    "mixin": "adapter config errors integrations loading merging model state store summary switching values",
+    "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
     "hf_lora": "adapter arithmetic config errors hub optimizer pool registration training",  # the __init__

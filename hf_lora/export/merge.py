@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import safefile
-from ..errors import LoRAConfigError, LoRAFileError, LoRAMismatchError
+from ..errors import LoRAConfigError, LoRAMismatchError
+from ..exact import Factored, product
 from ..loading import read_source
 from ..values import AdapterValue, Factors
+from ..workers import alone
 from .base import BaseFiles, open_base
 from .plan import CHUNK, Item, MergePlan, decide, refuse_other_base
 from .shards import Shard, Spec, divide, size_in_bytes, write_index, write_shard
+from .target import appearing, refuse_out
 
 __all__ = ["MergeReport", "merge_to_folder"]
 
@@ -102,7 +103,7 @@ def merge_to_folder(
             when the base is loaded.
     """
     target = Path(out)
-    _refuse_out(target)
+    refuse_out(target)
     wanted, most = _dtype(dtype), size_in_bytes(_SHARD_SIZE if max_shard_size is None else max_shard_size)
     both = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if options.get(key) is not None}
     value = source if isinstance(source, AdapterValue) else read_source(source, **options)
@@ -112,7 +113,7 @@ def merge_to_folder(
     refuse_other_base(value, files, force)
     plan = decide(value, files, wanted, complete=not isinstance(source, AdapterValue))
     shards = divide([item.spec for item in plan.items], most)
-    with _appearing(target, sum(spec.nbytes for shard in shards for spec in shard.specs)) as folder:
+    with appearing(target, sum(spec.nbytes for shard in shards for spec in shard.specs)) as folder:
         _write(folder, files, plan, shards, progress)
         written = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return MergeReport(
@@ -193,7 +194,8 @@ def _values(item: Item, plan: MergePlan) -> Iterator[Tensor]:
         yield item.value.to(item.spec.dtype)
     elif item.factors is not None:
         assert item.source is not None
-        yield _added(item.source.read().to(item.spec.dtype), item.factors, item.transposed, item.path)
+        weight, factors = item.source.read().to(item.spec.dtype), item.factors
+        yield alone(lambda: _added(weight, factors, item.transposed, item.path))
     else:
         assert item.source is not None
         for piece in item.source.chunks(CHUNK):
@@ -204,22 +206,23 @@ def _values(item: Item, plan: MergePlan) -> Iterator[Tensor]:
 
 
 def _added(weight: Tensor, factors: Factors, transposed: bool, path: str) -> Tensor:
-    """round(W + ΔW) as `weights.merge` rounds it, with no more in memory than W, ΔW and the result."""
+    """round(W + ΔW), the bits that `merge_lora` gives, in place of W."""
     wide = torch.promote_types(factors.A.dtype, torch.float32)
-    delta = (factors.B.to(wide) * factors.scaling) @ factors.A.to(wide)
-    if not _finite(delta):
-        raise LoRAMismatchError(
-            f"{path}: ΔW holds NaN or infinite values, so nothing was merged.",
-            name=path,
-            remedy="Check the adapter (a diverged training run?).",
-        )
-    if transposed:
-        delta = delta.T
-    delta += weight  # in place; a sum is the same either way round
-    merged = delta.to(weight.dtype).contiguous()
-    if not _finite(merged) and bool((~torch.isfinite(merged) & torch.isfinite(weight)).any()):
-        raise _overflows(path, weight.dtype)
-    return merged
+    A, B = factors.A.to(wide), factors.B.to(wide) * factors.scaling
+    change = Factored(A.T, B.T) if transposed else Factored(B, A)
+    for rows, delta in product(change.to(weight.device, weight.dtype)):
+        if not _finite(delta):
+            raise LoRAMismatchError(
+                f"{path}: ΔW holds NaN or infinite values, so nothing was merged.",
+                name=path,
+                remedy="Check the adapter (a diverged training run?).",
+            )
+        old = weight[rows]
+        merged = torch.add(old, delta, out=torch.empty_like(old))
+        if not _finite(merged) and bool((~torch.isfinite(merged) & torch.isfinite(old)).any()):
+            raise _overflows(path, weight.dtype)
+        old.copy_(merged)
+    return weight
 
 
 def _overflows(path: str, dtype: torch.dtype) -> LoRAMismatchError:
@@ -233,92 +236,3 @@ def _overflows(path: str, dtype: torch.dtype) -> LoRAMismatchError:
 
 def _finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.split(max(CHUNK // max(tensor.shape[-1], 1), 1)))
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def _refuse_out(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise LoRAFileError(f"{out} is not a folder.", name=str(out), value=str(out), remedy="Give another folder.")
-    if out.is_dir() and any(out.iterdir()):
-        raise LoRAFileError(
-            f"{out} is not empty.",
-            name=str(out),
-            value=sorted(path.name for path in out.iterdir())[:20],
-            remedy="Give a new folder, or empty it first.",
-        )
-
-
-@contextlib.contextmanager
-def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `out` that gets its name at the end; on an error nothing of it is left."""
-    folder = out.parent / f".{out.name}.merging-{os.getpid()}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(out)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise OSError(f"it needs {needed:,} bytes, {free:,} are free")
-        folder.mkdir()
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    with _held(folder):
-        try:
-            yield folder
-            for path in folder.rglob("*"):
-                if path.is_dir():
-                    safefile.fsync_directory(path)
-            safefile.fsync_directory(folder)
-            if out.is_dir():
-                out.rmdir()  # empty, or it has to stay
-            os.rename(folder, out)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError) and not isinstance(error, LoRAFileError):
-                raise _unwritable(out, error) from error
-            raise
-    safefile.fsync_directory(out.parent)
-
-
-def _unwritable(out: Path, error: OSError) -> LoRAFileError:
-    return LoRAFileError(
-        f"The merged model cannot be written to {out}: {error}.",
-        name=str(out),
-        value=str(out),
-        remedy="Free some space or choose a folder that you may write to; nothing was left there.",
-    )
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Lock a folder while it is written; whether that was possible. A killed process's lock is gone with it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing can be told of others
-        yield False
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
-def _clear_abandoned(out: Path) -> None:
-    """Remove what killed merges to the same folder left behind."""
-    for path in out.parent.glob(f".{_literal(out.name)}.merging-*"):
-        with contextlib.suppress(OSError), _held(path) as free:
-            if free and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _literal(name: str) -> str:
-    import glob
-
-    return glob.escape(name)

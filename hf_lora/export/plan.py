@@ -286,7 +286,7 @@ def _refuse_tied(keys: list[str], tied: _Ties) -> None:
                 f"{key} is tied to {others}; a merge would change both.",
                 name=key,
                 value=tied.groups[key],
-                remedy="Untie them first (tie_word_embeddings=False and a copy of the weight), or do not adapt it.",
+                remedy="Load the model and the adapter, and merge_and_save(…, untie=True); or do not adapt it.",
             )
 
 

@@ -5,11 +5,12 @@ Each is called through for any other model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def install(registry: Registry, cls: Any) -> None:
             given.arguments["state_dict"] = tensors
             self.__dict__.pop("_hf_peft_config_loaded", None)
             try:
-                return save(*given.args, **given.kwargs)
+                with _parted(self, tensors) if state.merged.ties else contextlib.nullcontext():
+                    return save(*given.args, **given.kwargs)
             finally:
                 self._hf_peft_config_loaded = True
         if options.get("push_to_hub"):
@@ -148,6 +150,28 @@ def _refuse_beside_an_adapter(directory: str | os.PathLike[str]) -> None:
             value=os.fspath(directory),
             remedy="Save the merged model to a folder of its own, or delete the adapter's files there.",
         )
+
+
+@contextlib.contextmanager
+def _parted(model: Any, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """While a model of which a merge has untied weights is saved, it ties none: its configs say so, all are written.
+
+    With `tie_word_embeddings=False` from_pretrained() would leave what is still shared, and so written once, random.
+    """
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.detach().clone()
+        seen.add(tensor.data_ptr())
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    tying = list({id(c): c for c in configs if getattr(c, "tie_word_embeddings", False)}.values())
+    for config in tying:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config in tying:
+            config.tie_word_embeddings = True
 
 
 def _require_own(model: Any, tensors: Mapping[str, Tensor]) -> None:

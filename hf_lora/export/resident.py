@@ -1,0 +1,82 @@
+"""A model in memory and the adapters on it → a model folder of its own; the model stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoRAStateError
+from ..merging import merged_lora
+from ..model import require
+from ..switching import Which
+from .shards import size_in_bytes
+from .target import appearing, refuse_out
+
+__all__ = ["merge_and_save"]
+
+
+def merge_and_save(
+    model: Any,
+    directory: str | os.PathLike[str],
+    which: Which = None,
+    *,
+    untie: bool = False,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Write W + Σ wᵢ ΔWᵢ as a standalone model: weights, config and generation config, without a key of LoRA's.
+
+    The weights hold the adapters while they are written, and are then the base's again, bit for bit; so nothing else
+    may run the model meanwhile. Adapters, what is active, what trains and the training mode stay as they are.
+
+    Args:
+        directory: the folder to be made; one that exists must be empty. It appears when everything is written.
+        which: what to merge, as in `set_lora`; None takes what is active by default, or what is merged already.
+        untie: a weight that is tied to a layer that the adapter does not change is written twice, once with ΔW and once
+            without, and the config says that they are not tied.
+        max_shard_size: bytes, or such as "5GB", of each file of weights; None is transformers' own.
+
+    Returns:
+        the folder.
+
+    Raises:
+        LoRAFileError: the folder holds something, or it cannot be written (a full disk).
+        LoRAStateError, LoRAUnsupportedError: as of `merge_lora`, but for the training mode, which is fine here; also if
+            `which` is given while something is merged. Nothing was written then, and the model is as before.
+    """
+    state, target = require(model), Path(directory)
+    refuse_out(target)
+    options = {} if max_shard_size is None else {"max_shard_size": size_in_bytes(max_shard_size)}
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    with appearing(target, needed) as folder, state.lock:
+        if state.merged is None:
+            block: Any = merged_lora(model, which, untie=untie, verb="merge_and_save")
+        elif which is None:
+            block = contextlib.nullcontext()
+        else:
+            raise LoRAStateError(
+                "merge_and_save() was told what to merge while something is merged already.",
+                name="which",
+                value=which,
+                remedy="Leave `which` out to save what is merged, or call unmerge_lora() first.",
+            )
+        with block, _same_config(model.config):
+            model.save_pretrained(folder, **options)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+    return target
+
+
+@contextlib.contextmanager
+def _same_config(config: Any) -> Iterator[None]:
+    """save_pretrained writes the class and dtype that it saves into the model's own config, too."""
+    before = {name: getattr(config, name, None) for name in ("architectures", "dtype")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
