@@ -6,7 +6,7 @@ whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from .sharding import refuse_sharded
 from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
-from .ties import refuse_tied, refuse_untied, retie, untie
+from .ties import as_before, refuse_tied, retie, untie
 from .values import AdapterValue
 from .weights import mergeable
 from .workers import each
@@ -115,15 +115,14 @@ def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str
             raise LoRAStateError(
                 "No adapter is active, so there is nothing to merge.", remedy=f'Name one: {verb}(…, "task").'
             )
-        require_mergeable(model, active, untie=untie)
-        touched = _touched(model, active)
-        if not untie and old is not None:
-            refuse_untied([path for path in old.ties if path in touched])
+        with as_before(model, {} if old is None else old.ties):
+            require_mergeable(model, active, untie=untie)
         values = {entry.name: read(model, entry.name) for entry, _ in active.mixture}
         changes, whole = _changes(model, active, values), _whole(model, active, values)
         new = Merged(active)
         with _held(state, verb, new):
-            _change(model, old or Merged(NOTHING), new, changes, whole, touched if untie else [])
+            apart = _touched(model, active) if untie else []
+            _change(model, old or Merged(NOTHING), new, changes, whole, apart)
             state.merged = new
     return new
 
@@ -207,7 +206,7 @@ def _change(
     new: Merged,
     changes: Mapping[str, Factored],
     whole: Mapping[str, Tensor],
-    apart: Iterable[str],
+    apart: Collection[str],
 ) -> None:
     """Take out what `old` put in, and put `changes` and `whole` in, with records in `new`: all of it or nothing.
 
@@ -242,9 +241,10 @@ def _change(
     _require_unchanged(model, old)
     try:
         _write(model, old.tensors)
-        new.ties.update({path: shared for path, shared in old.ties.items() if path in set(apart)})
+        new.ties.update({path: shared for path, shared in old.ties.items() if path in apart})
         if apart:
-            untie(model, apart, new.ties)
+            with as_before(model, {path: shared for path, shared in old.ties.items() if path not in apart}):
+                untie(model, apart, new.ties)
         each(forward, paths, _on_cpu(modules))
         if whole:
             own = _tensors(model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .errors import LoRAUnsupportedError
 from .layerinfo import is_held
 
-__all__ = ["refuse_tied", "refuse_untied", "retie", "tied", "untie"]
+__all__ = ["as_before", "refuse_tied", "retie", "tied", "untie"]
 
 _REMEDY = (
     "Pass untie=True, which gives it a copy of its own while it is merged (merge_and_save() then saves both), or do "
@@ -55,16 +56,6 @@ def refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
         )
 
 
-def refuse_untied(paths: Iterable[str]) -> None:
-    """Refuse the same Parameters while a merge with untie=True has parted them."""
-    for path in paths:
-        raise LoRAUnsupportedError(
-            f"{path} is tied to another module's but for the present merge; a merge would change both.",
-            name=path,
-            remedy=_REMEDY,
-        )
-
-
 def untie(model: nn.Module, paths: Iterable[str], ties: dict[str, nn.Parameter]) -> None:
     """Give each of these Parameters that is tied memory of its own, with the same bits.
 
@@ -86,6 +77,17 @@ def retie(model: nn.Module, ties: Mapping[str, nn.Parameter]) -> None:
     for path, shared in ties.items():
         owner, _, leaf = path.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = shared
+
+
+@contextmanager
+def as_before(model: nn.Module, ties: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block the Parameters of before `untie` stand in their places, to see what is tied without it."""
+    own = {path: model.get_parameter(path) for path in ties}
+    retie(model, ties)
+    try:
+        yield
+    finally:
+        retie(model, own)
 
 
 def _memory(tensor: Tensor) -> tuple[torch.device, int]:
