@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loras import bits, logits, randomise
 from oracles import Snapshot
@@ -189,13 +189,13 @@ class Reference:
             self.host.popitem(last=False)
 
     def load(self, names: list[str]) -> None:
+        missing = [name for name in names if name not in self.device and name not in self.host]
         for name in names:
             if name in self.host:
                 self.host.move_to_end(name)
-        for name in names:
-            if name not in self.device and name not in self.host:
-                self.reads += 1
-                self._keep(name)
+        for name in missing:
+            self.reads += 1
+            self._keep(name)
 
     def acquire(self, names: list[str]) -> bool:
         if len(self.pinned.union(names)) > self.sizes[0]:
@@ -238,6 +238,7 @@ def made(model: Any, values: Any) -> Callable[[], Any]:
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(_STEPS, max_size=25), device=st.integers(1, 3), host=st.integers(0, 4))
+@example(steps=[("load", ["a0"]), ("acquire", ["a1", "a0"])], device=2, host=1)
 def test_what_is_where_is_what_least_recent_use_says(made, steps, device, host):
     model, values = made()
     reference = Reference(device, host)

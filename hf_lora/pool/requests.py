@@ -92,7 +92,7 @@ class Requests:
             values, failures = yield from self._read(ids)
             if strict and failures:
                 raise failed(failures)
-            own = [adapter_id for adapter_id, held in values.items() if held is not None]
+            own = [adapter_id for adapter_id in ids if values.get(adapter_id) is not None]
             with self.tiers.lock:
                 self._require_usable()
                 self._require_room(own)
