@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from loras import logits, randomise, with_adapters
 from torch import Tensor, nn
 
-from hf_lora import LoRAConfig
+from hf_lora import LoRAConfig, LoRAStateError
 from hf_lora.model import require
 
 A = LoRAConfig(r=2, target_modules=["q", "v"], alpha=4)
@@ -43,8 +44,10 @@ def test_what_was_loaded_is_read_back_bit_for_bit(
     model.to(torch.float16)
     assert value.equal(model.lora_adapter("a"))
     model.remove_lora("a")
-    model.load_lora(value, name="b")
-    assert value.equal(model.lora_adapter("b"))
+    randomise(source.train_lora("a") or source, seed=7)
+    other = source.lora_adapter("a").to(stored)
+    model.load_lora(other, name="b")  # into the same slot
+    assert other.equal(model.lora_adapter("b"))
 
 
 def test_growing_keeps_every_adapter(tiny: Any, batch: Any) -> None:
@@ -105,8 +108,8 @@ def test_a_route_follows_a_model_that_is_cast(model: Any, batch: Any) -> None:
 class Remembering(nn.Linear):
     """A layer whose output somebody holds."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        self.seen = super().forward(input)
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = super().forward(x)
         return self.seen
 
 
@@ -122,6 +125,31 @@ def test_an_output_that_the_base_holds_is_not_written(tiny: Any, batch: Any, rou
         logits(model, inputs)
     hook.remove()
     assert torch.equal(layer.seen, nn.functional.linear(held[0], layer.weight, layer.bias))
+
+
+def test_a_smaller_adapter_in_the_place_of_a_larger_one(tiny: Any, batch: Any) -> None:
+    wide, narrow = (LoRAConfig(r=r, target_modules=["q", "v"]) for r in (6, 2))
+    source = with_adapters(tiny("llama"), {"wide": wide, "narrow": narrow})
+    values = {name: source.lora_adapter(name) for name in ("wide", "narrow")}
+    model, inputs = tiny("llama"), batch(tiny("llama"), 2)
+    model.load_lora(values["wide"], name="gone")
+    model.load_lora(values["wide"], name="wide")
+    model.remove_lora("gone")
+    model.load_lora(values["narrow"], name="narrow")
+    with source.route_lora(["narrow", "wide"]):
+        expected = logits(source, inputs)
+    with model.route_lora(["narrow", "wide"]):
+        assert (logits(model, inputs) - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_a_route_that_outlives_its_block_and_an_adapter_is_an_error(model: Any, batch: Any) -> None:
+    inputs = batch(model, 2)
+    with model.route_lora(["a", "b"]):
+        logits(model, inputs)
+        context = contextvars.copy_context()
+    model.remove_lora("a")
+    with pytest.raises(LoRAStateError, match="'a' was removed"):
+        context.run(logits, model, inputs)
 
 
 def test_what_is_left_of_a_removed_adapter_is_never_read(tiny: Any, batch: Any) -> None:
