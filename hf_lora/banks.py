@@ -107,7 +107,8 @@ class LoRABanks(nn.Module):
             self.reserve(index + 1, slot.rank, writing=index)
             own_A, own_B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
             if slot.rank < own_A.shape[0]:
-                own_B[slot.rank :].zero_()  # A's may hold anything then
+                own_A[slot.rank :].zero_()  # what was never written may be NaN
+                own_B[slot.rank :].zero_()
                 own_A, own_B = own_A[: slot.rank], own_B[: slot.rank]
             own_A.copy_(A)
             own_B.copy_(B.T if slot.scaling == 1 else _wide(B.to(own_B.device)).T * slot.scaling)
