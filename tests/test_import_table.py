@@ -28,7 +28,8 @@ TABLE: dict[str, str] = {
     "sharding": "errors",
     "state": "errors",
     "routing": "errors state",
-    "rowmaps": "architectures errors layerinfo routing state",
+    "rowsources": "architectures errors state",
+    "rowmaps": "architectures layerinfo routing rowsources state",
     # targeting: names and roles to layers; `architectures` is its data
     "architectures": "",
     "rows": "architectures",
