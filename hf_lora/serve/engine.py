@@ -92,7 +92,8 @@ class Engine:
                     answers |= dict.fromkeys(group, error)
                     continue
                 with lease:
-                    answers |= {i: lease.failures[name] for i in group if (name := rows[i].adapter) in lease.failures}
+                    failures: dict[str | None, LoRAError] = {**lease.failures}
+                    answers |= {i: failures[rows[i].adapter] for i in group if rows[i].adapter in failures}
                     kept = [i for i in group if i not in answers]
                     if kept:
                         with lease.route([rows[i].adapter for i in kept]):
@@ -170,5 +171,5 @@ def _load(base: Base) -> tuple[Any, Any]:
         return base()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(base)

@@ -41,7 +41,7 @@ class Replica:
         except LoRAError as error:
             return bad_request(error)
         if ask.adapter is not None:
-            # Before Ray hears of the id: its own loading goes one by one, and what cannot be loaded is not worth a slot.
+            # Before Ray hears of the id: it loads one at a time, and what cannot be loaded is not worth a place there.
             try:
                 error_of = await self.engine.pool.aload(ask.adapter)
             except LoRAError as error:
