@@ -50,6 +50,7 @@ NOT_CORE = {
     "test_package.py",
     "test_quickstart.py",
     "test_recipe.py",
+    "test_serve.py",
     "test_trainer_features.py",
     "test_trainer_hub.py",
     "test_trainer_survival.py",

@@ -81,6 +81,7 @@ TABLE: dict[str, str] = {
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
     "pool": "errors fitting hub loading model safefile state store switching values",
+    "serve": "errors pool",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
@@ -98,7 +99,7 @@ TABLE: dict[str, str] = {
 
 # What `import hf_lora` must not bring: every room but these is imported by it, at once or when a verb is used.
 LATE = {"quickstart", "recipe", "cli", "training", "__main__"}
-HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "rich", "rouge_score", "trl", "typer"}
+HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "ray", "rich", "rouge_score", "trl", "typer"}
 
 
 def files() -> list[Path]:
