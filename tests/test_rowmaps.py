@@ -254,17 +254,6 @@ def test_padding_and_placeholders_have_to_say_the_same() -> None:
         routed(scene)
 
 
-def test_a_batch_of_padding_alone_has_no_images() -> None:
-    scene = rowscenes.idefics3()
-    adapted(scene.model, layers(scene.model))
-    text = torch.where(scene.batch["input_ids"] == IMAGE_ID, 5, scene.batch["input_ids"])
-    nothing = torch.zeros(3, 1, 3, 16, 16, dtype=torch.float64)
-    batch = {"input_ids": text, "pixel_values": nothing}
-    agree(
-        routed(Scene(scene.model, batch, [])), alone(Scene(scene.model, {}, [{"input_ids": row[None]} for row in text]))
-    )
-
-
 def test_what_hides_whose_the_images_are_is_refused(llava: Scene) -> None:
     model, batch = llava.model, dict(llava.batch)
     embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
