@@ -23,7 +23,7 @@ from . import architectures as arch
 from .layerinfo import modules_of
 from .routing import batch_of
 from .rowsources import MAPPED, Rows, read, refuse
-from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed
+from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed, tracing
 
 __all__ = ["hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
 
@@ -82,7 +82,7 @@ class _Hook:
         self.state = state
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and self.state.current.rows is not None:
+        if not tracing() and self.state.current.rows is not None:
             of: Any = type(module)
             self.enter(module, {**kwargs, **dict(zip(_names(of), args, strict=False))})
 
@@ -102,13 +102,13 @@ class _Hook:
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a batch that the route does not fit before anything runs: generate() calls an encoder by itself."""
-        rows = None if torch.compiler.is_compiling() else self.state.current.rows
+        rows = None if tracing() else self.state.current.rows
         batch = None if rows is None else batch_of(module, args[0] if args else None, kwargs)
         if rows is not None and batch is not None:
             check_rows(rows, batch)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not tracing():
             self.leave(module)
 
     def leave(self, module: nn.Module) -> None:
