@@ -91,6 +91,8 @@ class Requests:
         while True:
             values, failures = yield from self._read(ids)
             if strict and failures:
+                with self.tiers.lock:
+                    self._require_usable()  # "closed" rather than "failed because closed"
                 raise failed(failures)
             own = [adapter_id for adapter_id in ids if values.get(adapter_id) is not None]
             with self.tiers.lock:
