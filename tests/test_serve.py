@@ -120,6 +120,10 @@ def test_a_wrong_request_is_refused_by_its_field(body, field):
     assert caught.value.name == field
 
 
+def test_a_request_without_max_tokens_is_never_over_the_limit():
+    assert read_ask({"prompt": "a"}, Limits(None, 8, 1000)).max_tokens == 8
+
+
 def test_a_header_and_a_body_must_not_name_two_adapters():
     with pytest.raises(LoRAConfigError) as caught:
         read_ask({"prompt": "a", "model": "anna"}, LIMITS, "ben")
@@ -308,6 +312,7 @@ class Client:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_on_a_real_ray(base, tmp_path_factory, monkeypatch):
     """One test: a Ray takes long to start, and a module's fixture would be started by every process of the tests."""
     if importlib.util.find_spec("ray") is None:
