@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from pools import MLP, QV, random_value, write_folder
+from oracles import merged
+from pools import MLP, QV, merged_base, random_value, write_folder
 from smallbase import save_base, tokenizer
 
 from hf_lora import (
@@ -63,17 +64,14 @@ def base(tiny, tmp_path) -> tuple[Any, Path, Path]:
 
 @torch.no_grad()
 def alone(model: Any, adapters: Path, adapter: str | None, prompt: str, count: int) -> str:
-    """What the prompt is continued with under this adapter: token by token, no cache, no batch."""
-    words = tokenizer()
+    """What the prompt is continued with: W + s B A by hand in float64, token by token, no cache, no batch."""
+    words, alone = tokenizer(), merged_base(model) if adapter is None else merged(model, adapters / adapter)
     ids = words(prompt, return_tensors="pt")["input_ids"]
     start = ids.shape[1]
-    if adapter is not None and adapter not in model.lora_names:
-        model.load_lora(adapters / adapter, adapter)
-    with model.use_lora(adapter):
-        for _ in range(count):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-            if int(ids[0, -1]) == words.eos_token_id:
-                break
+    for _ in range(count):
+        ids = torch.cat([ids, alone(ids).logits[:, -1:].argmax(-1)], dim=1)
+        if int(ids[0, -1]) == words.eos_token_id:
+            break
     return words.decode(ids[0, start:], skip_special_tokens=True)
 
 
@@ -120,6 +118,10 @@ def test_a_wrong_request_is_refused_by_its_field(body, field):
     with pytest.raises(LoRAConfigError) as caught:
         read_ask(body, LIMITS)
     assert caught.value.name == field
+
+
+def test_a_request_without_max_tokens_is_never_over_the_limit():
+    assert read_ask({"prompt": "a"}, Limits(None, 8, 1000)).max_tokens == 8
 
 
 def test_a_header_and_a_body_must_not_name_two_adapters():
@@ -310,6 +312,7 @@ class Client:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_on_a_real_ray(base, tmp_path_factory, monkeypatch):
     """One test: a Ray takes long to start, and a module's fixture would be started by every process of the tests."""
     if importlib.util.find_spec("ray") is None:

@@ -39,12 +39,12 @@ def build(
 ) -> Application:
     """A Ray Serve application: `serve.run(build("org/base", source="adapters/", num_replicas=2))`.
 
-    Clients post to `/v1/completions` as they would to OpenAI; `model` is the adapter's id. An ingress sends each request
+    Clients post to `/v1/completions` as to OpenAI; `model` is the adapter's id. An ingress sends each request
     to a replica that has the adapter already, if there is one. A replica keeps its adapters in a `LoRAPool`, and
     completes what arrives together, for whichever adapters, in one `generate`.
 
     Args:
-        base: an id on the Hub or a folder; or a function that returns the model and its tokenizer, and is called in each
+        base: an id on the Hub or a folder; or a function that returns model and tokenizer, and is called in each
             replica.
         source: as of `LoRAPool`, also a folder, mapping or function. None lets clients name any repo, and any folder of
             the machine.

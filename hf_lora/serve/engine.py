@@ -92,8 +92,8 @@ class Engine:
                     answers |= dict.fromkeys(group, error)
                     continue
                 with lease:
-                    failures: dict[str | None, LoRAError] = {**lease.failures}
-                    answers |= {i: failures[rows[i].adapter] for i in group if rows[i].adapter in failures}
+                    failed = {i: lease.failures.get(rows[i].adapter or "") for i in group}
+                    answers |= {i: error for i, error in failed.items() if error is not None}
                     kept = [i for i in group if i not in answers]
                     if kept:
                         with lease.route([rows[i].adapter for i in kept]):
@@ -143,22 +143,21 @@ def cut(new: Sequence[int], max_tokens: int, eos: frozenset[int]) -> tuple[list[
 
 def groups(adapters: Sequence[str | None], slots: int) -> list[list[int]]:
     """The rows of a batch in groups, each of at most `slots` adapters. Rows of the base alone go with the first."""
-    found: list[tuple[set[str], list[int]]] = [(set(), [])]
+    names: list[set[str]] = [set()]
+    found: list[list[int]] = [[]]
     for i, adapter in enumerate(adapters):
-        for names, group in found:
-            if adapter is None or adapter in names or len(names) < slots:
-                break
-        else:
-            names, group = set(), []
-            found.append((names, group))
-        group.append(i)
-        if adapter is not None:
-            names.add(adapter)
-    return [group for _, group in found if group]
+        own = set() if adapter is None else {adapter}
+        at = next((at for at, held in enumerate(names) if len(held | own) <= slots), len(names))
+        if at == len(names):
+            names.append(set())
+            found.append([])
+        names[at] |= own
+        found[at].append(i)
+    return [group for group in found if group]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and attention mask, (rows, longest), so that every row ends where new tokens begin."""
+    """Token ids and attention mask, (rows, longest), so that every row ends where new tokens begin."""
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

@@ -54,7 +54,8 @@ def read_ask(body: object, limits: Limits, routed: str = "") -> Ask:
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise _wrong("prompt", prompt, "a string that is not empty")
-    count = _DEFAULT_TOKENS if body.get("max_tokens") is None else body["max_tokens"]
+    count = body.get("max_tokens")
+    count = min(_DEFAULT_TOKENS, limits.max_new_tokens) if count is None else count
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limits.max_new_tokens:
         raise _wrong("max_tokens", count, f"an integer from 1 to {limits.max_new_tokens}")
     return Ask(prompt, _adapter(body.get("model"), limits.base_name, routed), count)
