@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loras import bits, logits, randomise
+from loras import bits, logits, randomise, with_adapters
 from oracles import Snapshot
 from pools import DOWN, MLP, QV, alone, assert_rows, random_value, write_folder
 
@@ -1026,3 +1026,18 @@ def test_impossible_pools_are_refused(model, wrong):
         LoRAPool(model, **wrong)
     assert caught.value.name in wrong
     assert pool_threads() == set()
+
+
+def test_banks_are_made_once_where_the_largest_rank_is_known(tiny: Any) -> None:
+    config = LoRAConfig(r=2, target_modules=["q", "v"])
+    value = with_adapters(tiny("llama"), {"a": config}).lora_adapter("a")
+    model = tiny("llama")
+    attributes = set(vars(model))
+    with LoRAPool(model, source={str(i): value for i in range(6)}, device_slots=3, max_rank=4) as pool:
+        seen = set()
+        for i in range(6):
+            with pool.use(str(i)):
+                seen |= {(n, b.data_ptr(), tuple(b.shape)) for n, b in model.named_buffers() if n.endswith("bank_B")}
+        assert len(seen) == len({name for name, _, _ in seen}) == 4
+        assert {shape[:2] for _, _, shape in seen} == {(4, 4)}
+    assert set(vars(model)) == attributes

@@ -38,7 +38,9 @@ class Placer:
         self.placing: dict[str, _Placing] = {}  # what is under way; the books' lock guards it
         self.owned: dict[str, Entry] = {}  # what is on the model because of the pool; the same
         self._structure = structure
-        _reserve(model, tiers.slots, rank)
+        if rank is not None:  # room for every slot at once, so that none is moved while others run
+            state = placing.state_of(model)
+            placing.reserve(model, tiers.slots + (0 if state is None else len(state.entries)), rank)
 
     def foreign(self, adapter_id: str) -> bool:
         """Whether the user put an adapter of this name on the model. The books' lock is held."""
@@ -157,10 +159,4 @@ class Placer:
         for adapter_id, entry in mine.items():
             if not entry.trainable:
                 self.remove(adapter_id)
-
-
-def _reserve(model: nn.Module, slots: int, rank: int | None) -> None:
-    """Room in the banks for every slot at once, where the model room offers that and the largest rank is known."""
-    reserve = getattr(placing, "reserve", None)
-    if reserve is not None and rank is not None:
-        reserve(model, slots, rank)
+        placing.reserve(self.model, None)
