@@ -105,7 +105,6 @@ def use_lora(model: nn.Module, which: Which) -> Iterator[nn.Module]:
     A thread started inside the block begins with the default; give it `contextvars.copy_context().run`.
     """
     state = require(model)
-    state.require_unmerged("use_lora")
     with state.override(selection(state, which), "use_lora"):
         yield model
 
@@ -124,7 +123,6 @@ def route_lora(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mod
             has another number of rows, or the route touches a layer whose batch is not the rows.
     """
     state = require(model)
-    state.require_unmerged("route_lora")
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or not len(names):
         raise LoRARouteError(
             f"A route is a list with a name or None for each row, not {names!r}.",

@@ -37,12 +37,10 @@ def each(work: Callable[[T, Scratch], R], items: Sequence[T], on_cpu: Callable[[
             work(item, scratch)
     if not here:
         return
-    inference = torch.is_inference_mode_enabled()
     with _threads(min(torch.get_num_threads(), len(here))) as (pool, held):
 
         def one(item: T) -> None:
-            with torch.inference_mode(inference):
-                work(item, held.scratch)
+            work(item, held.scratch)
 
         try:
             for done in as_completed([pool.submit(one, item) for item in here]):

@@ -415,7 +415,7 @@ def set_adapter(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_a_tied_weight(target: str, saved: Any, tiny: Any, tmp_path: Path) -> None:
     folder = saved("llama-tied", {"r": 4, "target_modules": [target]})
-    refused(folder, LoRAUnsupportedError, "tied", "lm_head.weight", "model.embed_tokens.weight", "untie")
+    refused(folder, LoRAUnsupportedError, "tied", "lm_head.weight", "model.embed_tokens.weight", "untie=True")
 
 
 def test_a_quantised_base(saved: Any) -> None:

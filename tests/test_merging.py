@@ -199,7 +199,7 @@ def test_a_base_in_float64_is_merged_in_float64(tmp_path: Path) -> None:
     model.merge_lora()
     for name, parameter in truth.named_parameters():
         mine = model.get_parameter(name)
-        assert (mine - parameter).abs().max() <= 1e-6 * parameter.abs().max()
+        assert (mine - parameter).abs().max() <= 1e-13 * parameter.abs().max()
     assert_close(logits(model, batch), logits(truth, batch))
     model.unmerge_lora()
     before.assert_weights(model)
@@ -318,20 +318,19 @@ def test_a_failure_at_any_layer_leaves_everything_as_it_was(
     assert failures >= 2 * 6
 
 
-@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("at", range(2))
+@pytest.mark.parametrize("merged_first", ["bert-a", "bert-c"])  # of which the second has no heads and biases
 def test_a_failure_while_heads_are_written_leaves_everything_as_it_was(
-    at: int, tasks: Path, monkeypatch: pytest.MonkeyPatch
+    merged_first: str, at: int, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded(tasks, BERT)
     base = weights(model)
-    model.merge_lora("bert-a")
+    model.merge_lora(merged_first)
     before = weights(model)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Injected):
         failing(patch, merging, "_write", at, after=True)
-        if at < 2:
-            with pytest.raises(Injected):
-                model.merge_lora("bert-b", replace=True)
-            assert same(weights(model), before)
+        model.merge_lora("bert-b", replace=True)
+    assert same(weights(model), before)
     model.unmerge_lora()
     assert same(weights(model), base)
 
