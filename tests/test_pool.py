@@ -411,6 +411,51 @@ def test_refresh_while_it_is_read_or_waits(model, values, ids):
         assert len(reads) == 2
 
 
+def test_refresh_while_it_waits_for_a_slot_or_is_written(model, values, ids, monkeypatch):
+    gate, writing, reads = threading.Event(), threading.Event(), []
+    versions = [random_value(model, seed) for seed in (1, 2, 3)]
+
+    def source(name: str) -> AdapterValue:
+        reads.append(name)
+        return values[name] if name != "x" else versions[reads.count("x") - 1]
+
+    def slow_put(*args: Any, **kwargs: Any) -> None:
+        if args[2] == "x":
+            writing.set()
+            assert gate.wait(20)
+        put(*args, **kwargs)
+
+    put = placing.put
+    monkeypatch.setattr(placing, "put", slow_put)
+    with LoRAPool(model, source=source, device_slots=1) as pool:
+        lease = pool.acquire("a0")
+        with on_thread(lambda: run_rows(pool, ["x"], ids)) as done:
+            until(lambda: pool.metrics().waiting == 1)
+            pool.refresh("x")  # it was read, and waits
+            lease.release()
+            assert writing.wait(20)
+            assert reads == ["a0", "x", "x"]
+            pool.refresh("x")  # it is being written
+            gate.set()
+        assert reads == ["a0", "x", "x", "x"]
+        assert pool.metrics().placed == 3
+        pool.evict("x")
+        load_lora(model, versions[2], name="mine")
+        with model.route_lora(["mine"]):
+            assert torch.equal(done[0], logits(model, {"input_ids": ids[:1]}))
+
+
+def test_refresh_of_what_a_block_outside_the_pool_holds(model, values):
+    with LoRAPool(model, source=values, device_slots=2) as pool:
+        pool.acquire("a0").release()
+        pool.refresh("a0")
+        with model.use_lora("a0"), pytest.raises(LoRAPoolError) as caught:
+            pool.acquire("a0")
+        assert isinstance(caught.value.failures["a0"], LoRAStateError)
+        pool.acquire("a0").release()  # the block has ended
+        assert pool.metrics().placed == 2
+
+
 # ---- one load, however many ask --------------------------------------------------------------------------------------
 
 
