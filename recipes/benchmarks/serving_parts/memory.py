@@ -48,7 +48,7 @@ def measure_bytes(root: Path, sizes: Sizes) -> list[Case]:
     ]
     cases[0].notes.append(
         "The banks of frozen adapters double when they are full, so one adapter more than a power of two is the worst "
-        "case. hf_lora keeps an adapter twice: in the bank, in the base's dtype, and as it was loaded, for saving."
+        "case. A float32 base's banks hold every bit of a float32 adapter, so there is no other copy of it."
     )
     return cases
 
