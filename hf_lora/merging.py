@@ -224,19 +224,23 @@ def _change(
             result, record = added(result, changes[path], path, scratch, before)
             new.weights[path] = record  # before the write: after a failure the weight itself tells which it is
         weight.copy_(result)
+        if was is not None:
+            was.moved = []  # its memory serves the next layer; `backward` makes it again
 
     def backward(path: str, scratch: Scratch) -> None:
         weight, was, now = mergeable(modules[path], path).detach(), old.weights.get(path), new.weights.get(path)
         found = fingerprint(weight)
-        if was is not None and found == was.after:
-            return
+        if was is not None and was.moved and found == was.after:
+            return  # not begun
         if now is not None and found == now.after:
             result = restored(weight, now, path, scratch)
         elif found in {record.before for record in (was, now) if record is not None}:
             result = weight
         else:
             return  # somebody else wrote it, which is what was raised
-        weight.copy_(result if was is None else added(result, was.change, path, scratch)[0])
+        if was is not None:
+            result, old.weights[path] = added(result, was.change, path, scratch, was.before)
+        weight.copy_(result)
 
     _require_unchanged(model, old)
     try:

@@ -318,6 +318,24 @@ def test_a_failure_at_any_layer_leaves_everything_as_it_was(
     assert failures >= 2 * 6
 
 
+def test_a_failure_while_an_adapter_takes_its_own_place(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tasks, LLAMA)
+    base = weights(model)
+    model.merge_lora("a")
+    before = weights(model)
+    with monkeypatch.context() as patch, pytest.raises(Injected):
+        failing(patch, merging, "added", 9)
+        model.merge_lora("a", replace=True)
+    assert same(weights(model), before)
+    model.merge_lora({"a": 0.0}, replace=True)  # the base's own bits
+    assert same(weights(model), base)
+    with monkeypatch.context() as patch, pytest.raises(Injected):
+        failing(patch, merging, "restored", 9)
+        model.unmerge_lora()
+    model.unmerge_lora()
+    assert same(weights(model), base)
+
+
 @pytest.mark.parametrize("at", range(2))
 @pytest.mark.parametrize("merged_first", ["bert-a", "bert-c"])  # of which the second has no heads and biases
 def test_a_failure_while_heads_are_written_leaves_everything_as_it_was(
