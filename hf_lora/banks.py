@@ -57,6 +57,7 @@ class LoRABanks(nn.Module):
     bank_A: Tensor
     bank_B: Tensor
     bank_bias: Tensor
+    base: type[nn.Module]  # the class that the layer had
     present: Tensor
 
     def __init__(

@@ -57,8 +57,10 @@ class LoRALinear(Swapped):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002  # nn.Linear's own name
         """super().forward(x) + delta(x), (..., in) → (..., out)."""
-        slots: Any = self._modules["lora_slots"]  # nn.Module's own attribute look-up takes longer
-        return slots.add(input, super().forward(input, *args, **kwargs), self)
+        slots: Any = self._modules.get("lora_slots")  # nn.Module's own attribute look-up takes longer
+        if slots is None:  # another thread gave the class back after this forward had been looked up
+            return self.forward(input, *args, **kwargs)
+        return slots.add(input, slots.base.forward(self, input, *args, **kwargs), self)  # super() may be gone by now
 
 
 class LoRAEmbedding(LoRALinear):
@@ -71,6 +73,8 @@ class LoRABias(LoRALinear):
 
 class LoRAHeads(nn.Module):
     """The adapters' own copies of a module that they train whole (a classification head, say), by slot."""
+
+    base: type[nn.Module]  # the class that the module had
 
     def __init__(self, state: LoRAState, row_map: str = "batch") -> None:
         super().__init__()
@@ -140,7 +144,10 @@ class LoRAHead(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The active adapter's copy of the module, or the module itself."""
-        return self.lora_heads.run(super().forward(*args, **kwargs), args, kwargs)
+        heads: Any = self._modules.get("lora_heads")
+        if heads is None:  # as above
+            return self.forward(*args, **kwargs)
+        return heads.run(heads.base.forward(self, *args, **kwargs), args, kwargs)
 
 
 _CLASSES: dict[tuple[Any, Any], type[Swapped]] = {}

@@ -296,9 +296,15 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
         module = plan.modules[path]
         own = _head_copy(module, tensors)
         if not isinstance(module, LoRAHead):
-            swap(module, LoRAHead, path)
-            module.lora_heads = LoRAHeads(state, plan.row_maps[path])
-            module.lora_heads.train(module.training)
+            heads = LoRAHeads(state, plan.row_maps[path])
+            heads.train(module.training)
+            heads.base = type(module)
+            module.lora_heads = heads  # before the class, as in `_slots`
+            try:
+                swap(module, LoRAHead, path)
+            except BaseException:
+                del module.lora_heads
+                raise
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
     return held or entry.trainable
@@ -350,8 +356,13 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     slots.training, slots.fresh = module.training, type(module).forward is nn.Linear.forward
     if kind != "bias" and _RESERVED in vars(model):
         slots.reserve(*vars(model)[_RESERVED])
-    swap(module, mixin, path)
-    module.lora_slots = slots
+    slots.base = type(module)
+    module.lora_slots = slots  # before the class that needs it: other threads may be in this layer's forward
+    try:
+        swap(module, mixin, path)
+    except BaseException:
+        del module.lora_slots
+        raise
     return slots
 
 
@@ -646,11 +657,11 @@ def _erase(model: nn.Module, entry: Entry) -> None:
         if isinstance(module, LoRALinear):
             module.lora_slots.remove(entry.slot)
             if not module.lora_slots.slots:
+                restore(module)  # the class first: see LoRALinear.forward
                 del module.lora_slots
-                restore(module)
         elif isinstance(module, LoRAHead):
             if str(entry.slot) in module.lora_heads.copies:
                 del module.lora_heads.copies[str(entry.slot)]
             if not len(module.lora_heads.copies):
-                del module.lora_heads
                 restore(module)
+                del module.lora_heads
