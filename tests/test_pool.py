@@ -8,6 +8,7 @@ import gc
 import json
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ from hf_lora import (
 from hf_lora import model as placing
 from hf_lora.loading import load_lora
 from hf_lora.pool.hostcache import Held, HostCache
+from hf_lora.pool.sources import Source
 from hf_lora.values import AdapterValue
 
 IDS = [f"a{i}" for i in range(8)]
@@ -409,6 +411,34 @@ def test_refresh_while_it_is_read_or_waits(model, values, ids):
         with model.route_lora(["mine"]):
             assert torch.equal(done[0], logits(model, {"input_ids": ids[:1]}))
         assert len(reads) == 2
+
+
+def test_a_read_that_a_refresh_overtook_is_counted_until_it_ends_and_leaves_nothing(model, monkeypatch):
+    gate, begun, made = threading.Event(), threading.Event(), []
+    plain_read = Source.read
+
+    def read(self: Source, name: str) -> tuple[AdapterValue, int]:
+        value, nbytes = plain_read(self, name)
+        made.append(weakref.ref(value))
+        begun.set()
+        assert gate.wait(20)
+        return value, nbytes
+
+    monkeypatch.setattr(Source, "read", read)
+    with LoRAPool(model, source={"x": random_value(model, 1)}, device_slots=1, host_slots=0) as pool:
+        pool.prefetch("x")
+        assert begun.wait(20)
+        pool.refresh("x")
+        assert pool.metrics().loading == 1
+        gc.disable()  # what it read must not wait for the collector
+        try:
+            gate.set()
+            until(lambda: pool.metrics().loading == 0)
+            until(lambda: made[0]() is None)
+        finally:
+            gc.enable()
+        assert pool.metrics().loads == 1
+        assert "x" not in pool.resident + pool.cached
 
 
 def test_refresh_while_it_waits_for_a_slot_or_is_written(model, values, ids, monkeypatch):

@@ -52,6 +52,7 @@ class Soak:
         self.wrong: list[str] = []
         self.unexpected: list[str] = []
         self.rss: list[float] = []
+        self.refreshed = {"org/slow"}
         self.chance = random.Random(0)
 
     def source(self, name: str) -> str | Path:
@@ -94,11 +95,16 @@ class Soak:
         if kind > 0.97:
             pool.prefetch(chance.choices(self.names, k=5))
         if kind > 0.99:
-            pool.refresh(chance.choice(self.names))
+            name = chance.choice(self.names)
+            self.refreshed.add(name)
+            pool.refresh(name)
         if 0.06 < kind < 0.07:
-            lease = pool.acquire("org/slow", strict=False, timeout=0.0005)
-            self.count("too late", sum(getattr(error, "kind", "") == "timeout" for error in lease.failures.values()))
-            lease.release()
+            try:
+                with pool.acquire("org/slow", strict=False, timeout=0.0005) as lease:
+                    late = [getattr(error, "kind", "") for error in lease.failures.values()]
+            except LoRAPoolError as error:  # it was read for another request, and there was no slot in time
+                late = [error.kind]
+            self.count("too late", late.count("timeout"))
             pool.refresh("org/slow")
             return
         if 0.07 < kind < 0.09:
@@ -169,7 +175,10 @@ def test_soak(tiny: Any, tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         seconds = time.monotonic() - begin
-        while pool.metrics().loading or pool.metrics().placing:  # what was prefetched at last
+        idle = 0
+        while idle < 3:  # what was prefetched at last, is read first and placed then
+            now = pool.metrics()
+            idle = 0 if now.loading or now.placing else idle + 1
             time.sleep(0.05)
         now = pool.metrics()
         print(f"\n{REQUESTS} requests in {seconds:.0f} s: {dict(soak.came)}\n{now}\nRSS, MiB: {soak.rss}")
@@ -184,14 +193,15 @@ def test_soak(tiny: Any, tmp_path: Path) -> None:
         assert now.host_adapters == len(pool.cached) <= HOST
         assert set(model.lora_names) == set(pool.resident)
         assert soak.names[7] in pool.resident
-        assert not set(pool.resident) & set(pool.cached)
+        assert set(pool.resident) & set(pool.cached) <= soak.refreshed  # the old version there, the new one here
         assert now.placed - now.evictions >= now.device_adapters  # refreshed ones leave without an eviction
         assert now.loads == now.load_ms.count
         assert now.placed == now.place_ms.count
         assert min(now.device_hits, now.host_hits, now.misses, now.evictions, now.host_evictions) > 0
         sizes = {name: read_adapter(tmp_path / name).nbytes for name in soak.names}
+        sizes["org/slow"] = sizes[soak.names[1]]
         assert now.device_bytes == sum(sizes[name] for name in pool.resident)
-        assert now.host_bytes == sum(sizes.get(name, sizes[soak.names[1]]) for name in pool.cached)
+        assert now.host_bytes == sum(sizes[name] for name in pool.cached)
         held = alive(Entry, Active, AdapterValue)
         assert held["AdapterValue"] - before.get("AdapterValue", 0) == now.device_adapters + now.host_adapters
         assert held["Entry"] - before.get("Entry", 0) <= SLOTS + THREADS

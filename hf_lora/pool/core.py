@@ -229,7 +229,7 @@ class LoRAPool:
                 host_bytes=tiers.host.nbytes,
                 pinned=len(tiers.pinned),
                 leased=len(tiers.leases),
-                loading=len(self._loader.reading),
+                loading=self._loader.unfinished,
                 placing=len(self._placer.placing),
                 waiting=len(tiers.queue),
                 load_ms=count.load.times(),

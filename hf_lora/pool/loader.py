@@ -45,6 +45,7 @@ class Loader:
         self.model, self.tiers, self.source, self.force = model, tiers, source, force
         self.workers = Workers(threads, "hf_lora-pool-load")
         self.reading: dict[str, Reading] = {}  # what is under way; the books' lock guards it
+        self.unfinished = 0  # with those whose id was refreshed since they began; the same
         self._structure = structure
 
     def read(self, adapter_id: str, priority: int) -> Reading:
@@ -54,6 +55,7 @@ class Loader:
             version = self.tiers.version(adapter_id)
             made: Reading = Job(lambda: self._read(adapter_id, version, made), closed)
             job = self.reading[adapter_id] = made
+            self.unfinished += 1
         elif priority != DEMAND:
             return job
         self.workers.submit(job, priority)
@@ -70,6 +72,7 @@ class Loader:
             result = as_ours(error, adapter_id)
         with self.tiers.lock:
             count = self.tiers.count
+            self.unfinished -= 1
             if self.reading.get(adapter_id) is job:  # not refreshed meanwhile
                 del self.reading[adapter_id]
                 if isinstance(result, Held):

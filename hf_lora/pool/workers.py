@@ -35,7 +35,9 @@ class Job(Generic[T]):
     def __call__(self, stopping: bool = False) -> None:
         """Do the work, unless it was begun already (a job may be queued again with a higher priority)."""
         if self._once.acquire(blocking=False):
-            self.future.set_result(self._abandoned() if stopping else self._run())
+            work = self._abandoned if stopping else self._run
+            del self._run, self._abandoned  # they may know this job: in a cycle its result would outlive its last user
+            self.future.set_result(work())
 
 
 class Workers:
