@@ -93,12 +93,13 @@ TABLE: dict[str, str] = {
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
+    "demo": "*",
     "cli": "*",
     "__main__": "*",
 }
 
 # What `import hf_lora` must not bring: every room but these is imported by it, at once or when a verb is used.
-LATE = {"quickstart", "recipe", "cli", "training", "__main__"}
+LATE = {"quickstart", "recipe", "demo", "cli", "training", "__main__"}
 HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "ray", "rich", "rouge_score", "trl", "typer"}
 
 

@@ -63,7 +63,7 @@ async def batch(call: Call, id: str) -> Response:  # noqa: A002
             transfer = "multipart" if parts else transfer
             answer["actions"] = {
                 "upload": upload,
-                "verify": {"href": f"{call.base}/{repo.id}.git/info/lfs/objects/verify"},
+                "verify": {"href": f"{call.base}/{'spaces/' if call.kind == 'space' else ''}{repo.id}.git/info/lfs/objects/verify"},
             }
         objects.append(answer)
     return JSONResponse({"transfer": transfer, "objects": objects})
