@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ class Library:
             raise self._too_large(repo_id, size)
         folder = hub.fetch(repo_id, token=False, **self._options)
         commit = folder.name
+        with contextlib.suppress(LoRAError):  # it is for reading only
+            hub.fetch_card(repo_id, revision=commit, token=False, most=_MOST_CARD, **self._options)
         key = f"{repo_id}@{commit}"
         with self._lock:
             known = self._found.get(key)

@@ -44,7 +44,15 @@ def adapters_tab(demo: Demo) -> tuple[Any, list[Any]]:
             spectrum = gr.Plot(label="Singular values of ΔW, by role", show_label=False, elem_id="adapters-spectrum")
             with gr.Accordion("Card", open=False):
                 card = gr.Markdown("", elem_id="adapters-card", sanitize_html=True)
-                text = gr.Code("", language="markdown", label="Card, as text", interactive=False, visible=False)
+                text = gr.Textbox(
+                    "",
+                    lines=8,
+                    max_lines=24,
+                    label="Card, as text",
+                    interactive=False,
+                    visible=False,
+                    elem_id="adapters-text",
+                )
 
     def look(request: gr.Request, name: str | None) -> list[Any]:
         try:

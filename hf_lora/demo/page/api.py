@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
 from ...inspection import inspect
 from ..library import Adapter
-from ..problems import said
+from ..problems import DemoError, said
 from ..session import Demo, Progress
 from .adapters import details
 from .parts import visitor_of
@@ -36,16 +35,7 @@ def add_api(demo: Demo) -> None:
 
     async def rows(rows: list[dict[str, Any]], request: gr.Request) -> dict[str, Any]:
         """One batch: rows of {"adapter": name or null, "prompt": text} or {"adapter": name, "fields": {…}}."""
-
-        def asked() -> AsyncIterator[Progress]:
-            wanted = [
-                (row.get("adapter"), row["fields"] if "fields" in row else row.get("prompt", ""))
-                for row in rows
-                if isinstance(row, dict)
-            ]
-            return demo.rows(visitor_of(request), wanted)
-
-        return await _last(asked)
+        return await _last(lambda: demo.rows(visitor_of(request), _asked(rows)))
 
     def load(repo_id: str, request: gr.Request) -> dict[str, Any]:
         """Load a public adapter of this base from the Hub, for your session."""
@@ -106,7 +96,23 @@ async def _last(begin: Any) -> dict[str, Any]:
     }
 
 
+def _asked(rows: Any) -> list[tuple[str | None, Any]]:
+    found: list[tuple[str | None, Any]] = []
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        if not isinstance(row, dict):
+            raise DemoError(f'Row {number} is no object such as {{"adapter": "name", "prompt": "text"}}.')
+        for key in row:
+            if key not in ("adapter", "prompt", "fields"):
+                raise DemoError(f"Row {number} has the key {str(key)[:40]!r}; it may have adapter, prompt and fields.")
+        if ("prompt" in row) == ("fields" in row):
+            raise DemoError(f"Row {number} needs a prompt or fields, one of the two.")
+        found.append((row.get("adapter"), row["fields"] if "fields" in row else row["prompt"]))
+    return found
+
+
 def _given(demo: Demo, request: Any, adapter: str, fields: dict[str, Any]) -> Any:
+    if not isinstance(fields, dict):
+        raise DemoError('`fields` is an object such as {"name": "text"}, or {"prompt": "text"}.')
     names = {item.name for item in demo.library.get(visitor_of(request), adapter).task.fields}
     return fields["prompt"] if set(fields) == {"prompt"} and "prompt" not in names else fields
 

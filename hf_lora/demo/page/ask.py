@@ -37,12 +37,8 @@ def ask_tab(demo: Demo) -> tuple[list[Any], list[Any]]:
                 stop = gr.Button("Stop", elem_id="ask-stop")
         with gr.Column(scale=5, min_width=320):
             state = gr.HTML(note("Nothing asked yet."), elem_id="ask-state")
-            with_it = gr.Textbox(
-                label="With the adapter", lines=3, interactive=False, buttons=["copy"], elem_id="ask-adapter"
-            )
-            without = gr.Textbox(
-                label="Base model alone", lines=3, interactive=False, buttons=["copy"], elem_id="ask-base"
-            )
+            with_it = gr.Textbox(label="With the adapter", lines=3, interactive=False, elem_id="ask-adapter")
+            without = gr.Textbox(label="Base model alone", lines=3, interactive=False, elem_id="ask-base")
             facts = gr.HTML("", elem_id="ask-facts")
             with gr.Accordion("How good is it?", open=False, visible=bool(adapter and adapter.task.score)) as measured:
                 found = gr.HTML(score(adapter.task.score if adapter else None), elem_id="ask-score")

@@ -46,7 +46,7 @@ def blend_tab(demo: Demo) -> list[Any]:
                 stop = gr.Button("Stop", elem_id="blend-stop")
         with gr.Column(scale=5, min_width=320):
             state = gr.HTML(note("Move the slider, or press Blend."), elem_id="blend-state")
-            answer = gr.Textbox(label="The blend", lines=5, interactive=False, buttons=["copy"], elem_id="blend-answer")
+            answer = gr.Textbox(label="The blend", lines=5, interactive=False, elem_id="blend-answer")
             facts = gr.HTML("", elem_id="blend-facts")
 
     async def blend(
