@@ -581,6 +581,37 @@ def test_messages_hold_no_paths_addresses_or_tokens():
     assert len(clean("x" * 10_000)) < 500
 
 
+# ---- where it computes -----------------------------------------------------------------------------------------------
+
+
+def test_on_zero_gpu_a_batch_is_one_call(tiny, tmp_path):
+    """With the real `spaces`, which without its GPUs calls the function as it is."""
+    pytest.importorskip("spaces", reason="spaces is not installed: install hf_lora[test]")
+    from hf_lora.demo import launch
+
+    demo = small_demo(tiny("llama"), tmp_path)
+    try:
+        stream = launch._on_zero_gpu(demo.engine)
+        rows = [Row((3, 4), "ben", 5), Row((5,), None, 5)]
+        plain = [event for event in demo.engine.stream(rows) if not isinstance(event, BatchFacts)]
+        assert [event for event in stream(rows, None) if not isinstance(event, BatchFacts)] == plain
+    finally:
+        demo.close()
+
+
+def test_another_process_has_its_own_pool(demo, monkeypatch):
+    """Threads do not live on in a fork."""
+    mine = demo.engine.pool
+    monkeypatch.setattr("hf_lora.demo.engine.os.getpid", lambda: -1)
+    other = demo.engine.pool
+    assert other is not mine
+    assert demo.engine.pool is other
+    other.close()
+    monkeypatch.undo()
+    demo.engine._pool = None
+    mine.close()
+
+
 # ---- what the page shows of an adapter -------------------------------------------------------------------------------
 
 
