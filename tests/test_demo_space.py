@@ -167,3 +167,18 @@ def test_what_was_pushed_runs(hub, adapters, tiny, tmp_path):
         process.terminate()
         process.wait(20)
         log.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_shipped_adapters_on_the_real_base(monkeypatch, peft):
+    """Through the page, one at a time and all at once: each answer is PEFT's to the same prompt alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "benchmarks"))
+    import demo as bench
+
+    found = bench.measure(SPACE / "adapters", 8)
+    assert len(found["tasks"]) == 4
+    for row in found["ways"].values():
+        assert row["wrong"] == []
+    assert found["ways"]["8 at once"]["batches"] < 8
+    assert "8 at once" in bench.as_markdown(found, "today")
