@@ -186,14 +186,17 @@ class Demo:
         async def follow() -> AsyncIterator[Progress]:
             ticket = self.dispatcher.submit(visitor, rows)
             try:
-                last: Progress | None = None
-                while last is None or not last.over:
-                    if last is not None:
-                        await asyncio.sleep(_EVERY)
-                    now = self._progress(ticket, wanted)
-                    if now.over or last is None or now.answers != last.answers or now.state != last.state:
-                        yield now
-                    last = now
+                seen: tuple[Any, ...] = ()
+                while True:
+                    # Before it is looked at closely, so that what comes meanwhile is seen the next time.
+                    ahead = self.dispatcher.ahead(ticket) if ticket.state == "waiting" else 0
+                    now = (ticket.state, ahead, ticket.facts, [len(tokens) for tokens in ticket.tokens])
+                    if now != seen:
+                        seen, progress = now, self._progress(ticket, wanted)
+                        yield progress
+                        if progress.over:
+                            return
+                    await asyncio.sleep(_EVERY)
             finally:  # also when the page is closed, or the button to stop was pressed
                 self.dispatcher.cancel(ticket)
 
