@@ -44,6 +44,7 @@ NOT_CORE = {
     "test_export_hub.py",
     "test_facts.py",
     "test_functional.py",
+    "test_gguf.py",
     "test_health.py",
     "test_hub.py",
     "test_import_table.py",
