@@ -35,6 +35,7 @@ NOT_CORE = {
     "test_card.py",
     "test_ci.py",
     "test_cli.py",
+    "test_cli_formats.py",
     "test_cli_hub.py",
     "test_cli_info.py",
     "test_cli_train.py",
