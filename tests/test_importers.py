@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loras import bits, logits
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import hf_lora
 from hf_lora import LoRAAdapter, LoRAConfigError, LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
@@ -39,14 +42,15 @@ def with_loralib(model: Any, replace: dict[str, Any], bias: str = "none") -> Any
 
 
 def train(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """A few steps, so that neither A nor B is what it began as."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    """A few steps by the gradient's sign, so that neither A nor B is what it began as."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     for _ in range(3):
         output = model(**inputs)
         (output.logits if hasattr(output, "logits") else output.last_hidden_state).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for parameter in trained:
+            parameter.data.sub_(0.05 * parameter.grad.sign())
+            parameter.grad = None
     return model.eval()
 
 
@@ -126,6 +130,33 @@ def test_loralib_embedding(tiny, batch):
     agree(model, one, theirs, batch(model))
 
 
+@pytest.mark.parametrize("name", ["roberta", "deberta-v2"])
+def test_loralib_in_the_papers_encoders(name, batch):
+    """The layers that microsoft/LoRA adapts there, under the names that its checkpoints have."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.AutoConfig.for_model(name, vocab_size=64, max_position_embeddings=32, **sizes)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).double().eval()
+    ends = {"roberta": ("self.query", "self.value"), "deberta-v2": ("query_proj", "value_proj")}[name]
+    theirs = train(with_loralib(model, dict.fromkeys(ends, linear(alpha=8))), batch(model))
+    adapter = from_loralib(loralib.lora_state_dict(theirs), alpha=8, base=model)
+    assert len(adapter.factors) == 4
+    agree(model, adapter, theirs, batch(model))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=5).filter(any), st.integers(1, 3), st.integers(1, 4), st.booleans())
+def test_any_merged_linear(enabled, r, size, transposed):
+    layer = loralib.MergedLinear(
+        *(7, size * len(enabled)), r=r, lora_alpha=5, enable_lora=enabled, fan_in_fan_out=transposed
+    )
+    torch.nn.init.normal_(layer.lora_B)
+    state = {f"x.{name}": tensor for name, tensor in loralib.lora_state_dict(layer).items()}
+    factors = from_loralib(state, alpha=5, enable_lora={"x": enabled}).factors["x"]
+    want = (layer.merge_AB().T if transposed else layer.merge_AB()) * layer.scaling
+    torch.testing.assert_close(factors.delta(), want.detach())
+    assert factors.num_parameters == layer.lora_A.numel() + layer.lora_B.numel()
+
+
 def test_loralib_refuses_what_it_does_not_know(tiny, tmp_path):
     model = tiny("gpt2")
     state = loralib.lora_state_dict(with_loralib(model, {"attn.c_attn": merged([True, False, True])}))
@@ -155,6 +186,8 @@ def test_loralib_refuses_what_it_does_not_know(tiny, tmp_path):
         from_loralib(nan, alpha=1, enable_lora=[True, False, True])
     with pytest.raises(LoRAFileError, match="there is none"):
         from_loralib({}, alpha=1)
+    with pytest.raises(LoRAFileError, match="no tensor but int"):
+        from_loralib({"model": 3}, alpha=1)
     plain = {"x.lora_A": torch.ones(2, 8), "x.lora_B": torch.ones(8, 2)}
     with pytest.raises(LoRAConfigError, match="fits no layer"):  # it might be a MergedLinear, and is not guessed to be
         from_loralib(plain, alpha=1, enable_lora=[False, True])
@@ -331,6 +364,11 @@ def test_adalora_refuses(tiny, tmp_path, peft):
     with pytest.raises(LoRAConfigError, match="lora_alpha=0"):
         importing(lora_alpha=0)
     path = "model.layers.0.self_attn.q_proj.lora_E"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.x.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(LoRAFileError, match="no tensor of an AdaLoRA"):
+        importing()
+    save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(LoRAFileError, match="config says rank 1"):
         importing(rank_pattern={path: [True, False]})
     with pytest.raises(LoRAFileError, match="without tensors"):

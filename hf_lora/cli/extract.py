@@ -34,6 +34,7 @@ def extract(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if something changed that the adapter does not hold.")
     ] = False,
+    device: Annotated[str, typer.Option(help="Where the SVDs are computed, such as cuda.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is in OUT.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +59,7 @@ def extract(
             bias=bias,  # type: ignore[arg-type]  # it is checked there
             modules_to_save=modules_to_save or None,
             strict=strict,
+            device=device,
         )
         adapter.save(out)
     if as_json:

@@ -197,7 +197,7 @@ def _config(base: Any) -> tuple[str | None, Any]:
 
     if isinstance(base, nn.Module):
         base = getattr(base, "config", None)
-    if isinstance(base, transformers.PreTrainedConfig):
+    if isinstance(getattr(base, "model_type", None), str):
         return getattr(base, "_name_or_path", None) or None, base
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise LoRAMismatchError(

@@ -72,6 +72,7 @@ def from_adalora(source: str | os.PathLike[str], *, allow_pickle: bool = False) 
         else:
             tensors[name] = tensor
     kept, problems = _kept(config, str(path))
+    problems += [f"{name}: no tensor of an AdaLoRA" for name in tensors if ".lora_" in name]
     ranks = {}
     for layer, triple in triples.items():
         problem = _problem(triple, kept.get(layer, first))

@@ -115,6 +115,7 @@ def extract_lora(
     modules_to_save: Sequence[str] | None = None,
     strict: bool = False,
     task_type: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> ExtractedLoRA:
     """The LoRA that comes closest to what full fine-tuning changed.
 
@@ -131,10 +132,11 @@ def extract_lora(
         modules_to_save: modules to take whole, such as ["norm"]. A classifier's head is, as with `add_lora`.
         strict: refuse if anything changed that the adapter does not hold; otherwise there is a warning.
         task_type: PEFT's, for the adapter's config.
+        device: where the SVDs are computed, one layer at a time.
 
     Returns:
-        An adapter with float32 factors (float64 if a weight is) and scaling 1; `report` has the error by rank and
-        what was left out.
+        An adapter on the CPU, its factors in float32 (float64 if a weight is), its scaling 1; `report` has the error by
+        rank and what was left out.
 
     Raises:
         LoRAConfigError: rank or energy is impossible. LoRATargetError: a target names nothing.
@@ -155,7 +157,7 @@ def extract_lora(
         base_model=None if base.name == "The base" else base.name,
     )
     found = resolve(model, config)
-    work = _Work(base, tuned, rank, energy)
+    work = _Work(base, tuned, rank, energy, torch.device(device))
     conv1d = any(target.info.kind == "conv1d" for target in found.targets)
     for target in found.targets:
         work.layer(target)
@@ -183,8 +185,8 @@ def extract_lora(
 class _Work:
     """What has been compared so far."""
 
-    def __init__(self, base: Side, tuned: Side, rank: int | None, energy: float | None) -> None:
-        self.base, self.tuned, self.rank, self.energy = base, tuned, rank, energy
+    def __init__(self, base: Side, tuned: Side, rank: int | None, energy: float | None, device: torch.device) -> None:
+        self.base, self.tuned, self.rank, self.energy, self.device = base, tuned, rank, energy, device
         self.factors: dict[str, Factors] = {}
         self.layers: list[ExtractedLayer] = []
         self.unchanged: list[str] = []
@@ -207,7 +209,7 @@ class _Work:
             before, delta = before.T, delta.T
         blocks = tuple(Block(role, rows) for role, rows in target.blocks)
         rows = [block.index() for block in blocks] or [torch.arange(delta.shape[0])]
-        svds = [torch.linalg.svd(delta[index], full_matrices=False) for index in rows]
+        svds = [self._svd(delta[index]) for index in rows]
         rank = self.rank
         if rank is None:
             assert self.energy is not None
@@ -225,6 +227,10 @@ class _Work:
         if bool(others.any()) and delta[others].count_nonzero():
             roles = ", ".join(block.role for block in blocks)
             self.left[f"{key} (rows beside {roles})"] = _relative(delta[others], before[others])
+
+    def _svd(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, values, vt = torch.linalg.svd(delta.to(self.device), full_matrices=False)
+        return u.cpu(), values.cpu(), vt.cpu()
 
     def whole(
         self, model: nn.Module, bias: str, heads: Sequence[str]

@@ -22,7 +22,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAConfigError
 from ..survey import Layer, survey
 from ..values import Block, Factors
-from .reading import adapter_of, read_tensors, refuse_problems
+from .reading import adapter_of, checked, read_tensors, refuse_problems
 
 __all__ = ["from_loralib"]
 
@@ -77,7 +77,7 @@ def from_loralib(
         )
     alpha = fields.positive("alpha", alpha)
     if isinstance(source, Mapping):
-        named, tensors = "The state dict", dict(source)
+        named, tensors = "The state dict", checked(source, "The state dict")
     else:
         named = str(source)
         tensors = read_tensors(Path(source), allow_pickle=allow_pickle, within=_WITHIN)

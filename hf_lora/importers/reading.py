@@ -17,7 +17,7 @@ from ..errors import LoRAError, LoRAFileError
 from ..layout import is_module_path, refuse_non_finite
 from ..values import AdapterValue, Factors
 
-__all__ = ["adapter_of", "file_in", "read_config", "read_tensors", "refuse_problems"]
+__all__ = ["adapter_of", "checked", "file_in", "read_config", "read_tensors", "refuse_problems"]
 
 _LARGEST_CONFIG = 16 * 2**20  # bytes, as of an adapter's own config
 
@@ -59,8 +59,17 @@ def read_tensors(path: Path, *, allow_pickle: bool, within: Sequence[str] = ()) 
             tensors, _ = safefile.read_tensors(file, path, safefile.read_header(file, path))
     else:
         tensors = safefile.read_pickle(path, allow=allow_pickle, within=within)
-    refuse_problems(str(path), [f"{name[:200]!r} is no module path" for name in tensors if not is_module_path(name)])
-    return tensors
+    return checked(tensors, str(path))
+
+
+def checked(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors, if each has a module's name and is one."""
+    problems = [f"{str(name)[:200]!r} is no module path" for name in tensors if not is_module_path(str(name))]
+    problems += [
+        f"{name}: no tensor but {type(t).__name__}" for name, t in tensors.items() if not isinstance(t, Tensor)
+    ]
+    refuse_problems(source, problems)
+    return dict(tensors)
 
 
 def refuse_problems(source: str, problems: Sequence[str], remedy: str | None = None) -> None:

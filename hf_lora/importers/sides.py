@@ -62,7 +62,7 @@ def model_of(source: str | os.PathLike[str]) -> nn.Module:
             value=names[0],
             remedy="Load the model and give it instead of its name.",
         )
-    model: nn.Module = meta_model(cls, config, getattr(config, "dtype", None) or torch.float32)
+    model: nn.Module = meta_model(cls, config, torch.float32)
     return model
 
 
