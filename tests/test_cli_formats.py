@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from typer.testing import CliRunner
 
 from hf_lora import LoRAAdapter, LoRAConfig
 from hf_lora.cli import app
+from hf_lora.export import GGUFReport
+
+LAYER = {"path", "role", "rank", "relative", "error"}
+REPORT = {"folder", "parameters", "error", "error_by_rank", "layers", "unchanged", "whole", "left_out"}
 
 
 def run(*arguments: Any) -> Any:
@@ -105,6 +110,8 @@ def test_extract(tiny, tmp_path):
     model.save_pretrained(tmp_path / "tuned")
     command = ("extract", tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
     found = told(*command, "--rank", 4, "--targets", "q,v")
+    assert set(found) == REPORT
+    assert set(found["layers"][0]) == LAYER
     assert [layer["rank"] for layer in found["layers"]] == [4, 4]
     assert list(found["left_out"]) == ["model.norm.weight"]
     assert len(found["unchanged"]) == 2
@@ -119,3 +126,15 @@ def test_extract(tiny, tmp_path):
     norm = LoRAAdapter.load(tmp_path / "out").modules["model.norm"]["weight"]
     assert torch.equal(norm, model.model.norm.weight)
     assert Path(LoRAAdapter.load(tmp_path / "out").config.base_model) == tmp_path / "base"
+
+
+def test_the_page_names_every_field_of_the_json():
+    page = (Path(__file__).resolve().parents[1] / "docs/pages/command-line.md").read_text(encoding="utf-8")
+
+    def named(command: str) -> set[str]:
+        section = page[page.index(f"## {command}\n") :].partition("\n## ")[0]
+        return set(re.findall(r"`(\w+)`", section[section.index("The JSON has") :]))
+
+    assert named("extract") == REPORT | LAYER
+    assert named("export") == set(GGUFReport.__dataclass_fields__)
+    assert named("import") == {"source", "folder", "base_model", "layers", "ranks", "parameters"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from loras import randomise
 
 from hf_lora import (
@@ -21,6 +22,7 @@ from hf_lora import (
     LoRAUnsupportedError,
 )
 from hf_lora.export import to_gguf
+from hf_lora.export.gguf_lora import _FORMS
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: install hf_lora[test]")
 
@@ -113,6 +115,34 @@ def test_what_a_llama_cpp_would_compute_for_the_real_order_of_its_base(tiny, tmp
         np.testing.assert_allclose(
             stored(weight, heads) + found[f"blk.1.{name}.weight"], stored(merged, heads), rtol=1e-6, atol=1e-7
         )
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+UNFUSED, FUSED = set(LLAMA.values()), {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+
+
+@pytest.mark.parametrize("name", sorted(_FORMS))
+def test_every_linear_layer_of_every_architecture_has_its_tensor(tmp_path, name):
+    config = transformers.AutoConfig.for_model(name, **({} if name == "gpt2" else SMALL))
+    if name == "gpt2":
+        config.n_embd, config.n_layer, config.n_head, config.vocab_size = 32, 2, 4, 64
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    adapter = adapted(model, r=2, target_modules="all-linear")
+    to_gguf(adapter, tmp_path / "x.gguf", config)
+    found = deltas(tmp_path / "x.gguf")
+    parts = FUSED if name in ("gpt2", "phi3") else UNFUSED - ({"ffn_gate"} if name == "starcoder2" else set())
+    assert found.keys() == {f"blk.{i}.{part}.weight" for i in range(2) for part in parts}
+    sizes = sorted(delta.shape for delta in found.values())
+    assert sizes == sorted((f.out_features, f.in_features) for f in adapter.factors.values())
 
 
 def test_rslora_ranks_and_alphas_all_become_one_alpha(tiny, tmp_path):

@@ -115,7 +115,9 @@ def to_gguf(
     out = Path(path)
     if importlib.util.find_spec("gguf") is None:
         raise LoRAUnsupportedError(
-            "The package gguf, which writes the file, is not installed.", name="gguf", remedy="pip install gguf"
+            "The package gguf, which writes the file, is not installed.",
+            name="gguf",
+            remedy='pip install "hf_lora[gguf]"',
         )
     _refuse_held_whole(adapter)
     name, config = _config(adapter.config.base_model if base is None else base)
