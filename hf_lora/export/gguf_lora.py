@@ -24,10 +24,10 @@ from .. import fields
 from ..bases import hub_id, same_base
 from ..errors import LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
 from ..fitting import make_plan
-from ..hub_errors import translated
 from ..integrations.checkpoint_keys import auto_classes, meta_model
 from ..safefile import fsync_directory
 from ..values import AdapterValue, Factors
+from .base import config_of
 
 __all__ = ["GGUFReport", "to_gguf"]
 
@@ -195,8 +195,6 @@ def _refuse_overflow(tensors: Mapping[str, Tensor], dtype: str) -> None:
 
 def _config(base: Any) -> tuple[str | None, Any]:
     """The base's name, if it has one, and its transformers config."""
-    import transformers
-
     if isinstance(base, nn.Module):
         base = getattr(base, "config", None)
     if isinstance(getattr(base, "model_type", None), str):
@@ -210,20 +208,7 @@ def _config(base: Any) -> tuple[str | None, Any]:
             value=base,
             remedy="Give the base model, its config, its folder or its id (--base).",
         )
-    name = os.fspath(base)
-    around: Any = contextlib.nullcontext() if os.path.isdir(name) else translated(name, file="config.json")
-    try:
-        with around:
-            return name, transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, LoRAFileError):
-            raise
-        raise LoRAFileError(
-            f"transformers cannot read the config of {name!r}: {str(error).splitlines()[0]}",
-            name="config.json",
-            value=name,
-            remedy="Give the base model's folder or id (--base).",
-        ) from error
+    return os.fspath(base), config_of(os.fspath(base))
 
 
 def _names(adapter: AdapterValue, form: _Form, config: Any) -> dict[str, str]:

@@ -350,5 +350,5 @@ def _norm(values: Sequence[float]) -> float:
 
 
 def _relative(delta: Tensor, weight: Tensor) -> float:
-    norm, change = float(weight.double().norm()), float(delta.double().norm())
+    norm, change = (float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in (weight, delta))
     return change / norm if norm else (math.inf if change else 0.0)

@@ -156,6 +156,7 @@ class _Reader:
             return self._wrong(path, f"lora_A is {a.dtype}, lora_B {b.dtype}")
         layer = self.layers.get(path) if self.layers is not None else None
         if self.layers is not None and layer is None:
+            self.remedy = "Give the class of model that it was trained on, or leave base out."
             return self._wrong(path, "the base has no such layer that takes a LoRA")
         parts, enabled = a.shape[0] // b.shape[1], self._enabled(path, a, b, layer)
         if enabled is None and parts > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAMismatchError, LoRAUnsupportedError
-from ..export.base import open_base
+from ..export.base import config_of, open_base
 from ..integrations.checkpoint_keys import map_keys, meta_model
 from ..layerinfo import is_held
 from ..weights import materialised
@@ -43,21 +43,12 @@ def model_of(source: str | os.PathLike[str]) -> nn.Module:
     """
     import transformers
 
-    base = open_base(os.fspath(source))
-    names = base.config.get("architectures") or [None]
+    config = config_of(os.fspath(source))
+    names = getattr(config, "architectures", None) or [None]
     cls = getattr(transformers, str(names[0]), None)
-    try:
-        config = transformers.AutoConfig.from_pretrained(base.folder)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise LoRAUnsupportedError(
-            f"transformers cannot read the config of {base.name!r}: {str(error).splitlines()[0]}",
-            name="config.json",
-            value=base.config.get("model_type"),
-            remedy="Load the model and give it instead of its name.",
-        ) from error
     if cls is None:
         raise LoRAUnsupportedError(
-            f"transformers has no class {names[0]!r}, which the config of {base.name!r} names.",
+            f"transformers has no class {names[0]!r}, which the config of {os.fspath(source)!r} names.",
             name="architectures",
             value=names[0],
             remedy="Load the model and give it instead of its name.",
