@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .arithmetic import combine
     from .config import LoRAConfig
     from .hub import list_adapters
+    from .importers import extract_lora
     from .optimizer import optimizer_groups
     from .pool import LoRAPool
     from .training import LoRACallback
@@ -52,6 +53,7 @@ __all__ = [
     "LoRAUnsupportedError",
     "__version__",
     "combine",
+    "extract_lora",
     "list_adapters",
     "optimizer_groups",
     "register",
@@ -67,6 +69,7 @@ _LATER = {
     "LoRAConfig": "config",
     "LoRAPool": "pool",
     "combine": "arithmetic",
+    "extract_lora": "importers",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
 }

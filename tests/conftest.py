@@ -35,6 +35,7 @@ NOT_CORE = {
     "test_card.py",
     "test_ci.py",
     "test_cli.py",
+    "test_cli_formats.py",
     "test_cli_hub.py",
     "test_cli_info.py",
     "test_cli_train.py",
@@ -47,9 +48,11 @@ NOT_CORE = {
     "test_export_hub.py",
     "test_facts.py",
     "test_functional.py",
+    "test_gguf.py",
     "test_health.py",
     "test_hub.py",
     "test_import_table.py",
+    "test_importers.py",  # values, and formats of others
     "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
     "test_package.py",
