@@ -86,7 +86,7 @@ class Library:
         self._lock = threading.Lock()
         found = adapters_in(folder) if folder is not None else []
         adapters = [self._look(path.name, path.name, path, shipped=True) for path in found]
-        for adapter in sorted(adapters, key=lambda each: (each.task is FREE, each.key)):  # forms first
+        for adapter in sorted(adapters, key=_order):
             self.shipped[adapter.key] = adapter
             self.places[adapter.key] = adapter.folder
 
@@ -188,6 +188,11 @@ class Library:
             sum(f.A.numel() + f.B.numel() for f in value.factors.values()),
             commit,
         )
+
+
+def _order(adapter: Adapter) -> tuple[int, str]:
+    """Those with a form of their own first, and of them those with most to fill in."""
+    return (-len(adapter.task.fields) if adapter.task is not FREE else 0, adapter.key)
 
 
 def adapters_in(folder: Path) -> list[Path]:
