@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .spectrum import decompose, parts
+from .spectrum import decompose, enough, parts
 from .values import Block, Factors
 
 __all__ = ["Merge", "Terms", "averaged", "concatenated", "largest_rank", "merged", "reduced"]
@@ -89,7 +89,7 @@ def merged(terms: Terms, merge: Merge, rank: int, energy: float | None, dtype: t
         deltas = [(weight, (b.to(dtype) @ a.to(dtype)) * scaling) for weight, scaling, a, b in piece]
         svds.append(torch.linalg.svd(merge(deltas), full_matrices=False))
     if energy is not None:
-        rank = max(_enough(values, energy) for _, values, _ in svds)
+        rank = max(enough(values, energy) for _, values, _ in svds)
     return _assembled(terms[0][1], _blocks(terms), _cut(svds, rank, 1.0), 1.0)
 
 
@@ -103,17 +103,11 @@ def reduced(factors: Factors, rank: int, energy: float | None = None) -> Factors
         return factors
     svds = [decompose(piece) for piece in pieces]
     if energy is not None:
-        rank = max(_enough(values, energy) for _, values, _ in svds)
+        rank = max(enough(values, energy) for _, values, _ in svds)
         if rank >= pieces[0].rank:
             return factors
     pairs = [(a.to(factors.A), b.to(factors.B)) for a, b in _cut(svds, rank, factors.scaling)]
     return _assembled(factors, factors.blocks, pairs, factors.scaling, factors.use_rslora)
-
-
-def _enough(values: Tensor, energy: float) -> int:
-    """The smallest rank whose singular values hold the share `energy` of Σσ²; at least 1."""
-    held = values.double().square().cumsum(0)
-    return int((held < energy * held[-1]).sum()) + 1
 
 
 def _cut(svds: Sequence[tuple[Tensor, Tensor, Tensor]], rank: int, scaling: float) -> list[tuple[Tensor, Tensor]]:
