@@ -15,7 +15,7 @@ from ..layerinfo import describe_layer, modules_of
 from ..model import state_of
 from ..values import AdapterValue
 from ..weights import materialised
-from .places import Place
+from .places import Place, called
 
 __all__ = ["Base", "BaseWeights"]
 
@@ -95,7 +95,7 @@ def _found(base: Any, adapter: AdapterValue, paths: Mapping[str, Any]) -> dict[s
     if isinstance(base, str | os.PathLike):
         return _of_files(os.fspath(base), adapter, paths)
     raise LoRAConfigError(
-        f"The base is {base!r}, a {type(base).__name__}.",
+        f"The base is {called(base)}, no model.",
         name="base",
         value=base,
         expected="a model, the folder or id of one, or module path → weight",

@@ -86,7 +86,9 @@ def similarity_figure(result: SubspaceSimilarity) -> Figure:
 
 def overlap_figure(result: AdapterOverlap) -> Figure:
     """The cosine of each layer."""
-    return _by_depth(result, lambda layer: layer.cosine, "cosine of ΔW of a and of b", "Overlap of the two adapters")
+    figure = _by_depth(result, lambda layer: layer.cosine, "cosine of ΔW of a and of b", "Overlap of the two adapters")
+    figure.axes[0].axhline(0, color="grey", linewidth=0.5)
+    return figure
 
 
 def amplification_figure(result: Amplification) -> Figure:
@@ -99,7 +101,9 @@ def amplification_figure(result: Amplification) -> Figure:
 def intruders_figure(result: Intruders) -> Figure:
     """How many intruder dimensions each layer has."""
     title = f"Intruder dimensions among the top {result.k} (cosine below {result.threshold:g})"
-    return _by_depth(result, lambda layer: len(layer.intruders), "number", title)
+    figure = _by_depth(result, lambda layer: len(layer.intruders), "number", title)
+    figure.axes[0].set_ylim(-0.3, result.k + 0.3)
+    return figure
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

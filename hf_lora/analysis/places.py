@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,7 +21,18 @@ from ..inspection import roles_of_path
 from ..spectrum import parts
 from ..values import AdapterValue, Block, Factors
 
-__all__ = ["Array", "LayerResult", "Place", "Result", "array", "numerical_rank", "paired", "places", "refuse_zero"]
+__all__ = [
+    "Array",
+    "LayerResult",
+    "Place",
+    "Result",
+    "array",
+    "called",
+    "numerical_rank",
+    "paired",
+    "places",
+    "refuse_zero",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -59,7 +71,7 @@ def places(adapter: Any, only: Iterable[str] | None = None, *, what: str = "adap
     """
     if not isinstance(adapter, AdapterValue):
         raise LoRAConfigError(
-            f"The {what} is {adapter!r}, a {type(adapter).__name__}.",
+            f"The {what} is {called(adapter)}, not an adapter.",
             name=what,
             value=adapter,
             expected="a LoRAAdapter",
@@ -72,6 +84,12 @@ def places(adapter: Any, only: Iterable[str] | None = None, *, what: str = "adap
         for block, (role, part) in zip(blocks, parts(factors), strict=True):
             found.append(Place(path, role or roles_of_path(path), part, block))
     return tuple(found) if only is None else _chosen(found, only, what)
+
+
+def called(value: Any) -> str:
+    """A value in a message: quoted if it is short (a path, a number), else its type."""
+    plain = value is None or isinstance(value, str | int | float | os.PathLike)
+    return f"{value!r}"[:200] if plain else f"a {type(value).__name__}"
 
 
 def _chosen(found: list[Place], only: Iterable[str], what: str) -> tuple[Place, ...]:
