@@ -128,6 +128,7 @@ def test_the_page_stands_alone(scene: dict[str, Path], tmp_path: Path) -> None:
     pictures = page.pictures
     assert len(pictures) == 6  # spectrum, overlap, φ of two sides, amplification, intruders
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert any((value or "").startswith("default-src 'none'") for _, value in page.attributes)
     assert not {"script", "link", "iframe", "object", "svg"} & set(page.tags)
     assert not [value for _, value in page.attributes if value and "://" in value]
     paths = list(LoRAAdapter.load(scene["a"]).factors)
@@ -151,6 +152,19 @@ def test_what_is_left_out_is_noted(scene: dict[str, Path], tmp_path: Path) -> No
     assert (layers[still]["suggested_rank"], layers[still]["amplification"]) == (0, None)
     assert layers[gone]["overlap"]["cosine"] == 0
     assert layers[gone]["amplification"] is not None
+
+
+def test_another_base_is_noted(scene: dict[str, Path], tiny: Any) -> None:
+    a, b = (LoRAAdapter.load(scene[name]) for name in ("a", "b"))
+    b = LoRAAdapter(b.config.replace(base_model="you/other"), b.factors)
+    model = tiny("llama")
+    model.config._name_or_path = "me/base-4bit"  # the same base, quantised
+    assert report(a, a, model).notes == ()
+    model.config._name_or_path = "you/third"
+    assert report(a, b, model).notes == (
+        "the adapters name two bases: me/base and you/other",
+        "the adapter was made on me/base, the base is you/third",
+    )
 
 
 # ---- real adapters ---------------------------------------------------------------------------------------------------
@@ -183,7 +197,7 @@ def test_two_public_adapters(shared: Path) -> None:
         (("A", "nowhere/at/all"), "nowhere/at/all"),
         (("A", "--only", "k"), "no 'k'"),
         (("A", "--energy", "2"), "energy=2"),
-        (("A", "--top", "0"), "k=0"),
+        (("A", "--top", "0"), "--top"),
         (("A", "--threshold", "0"), "threshold=0"),
         (("A", "--base", "A"), "an adapter, not a model"),
         (("A", "--out", "."), "it is a folder"),

@@ -85,7 +85,7 @@ TABLE: dict[str, str] = {
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
-    "analysis": "agreement architectures cardtext errors export fields inspection layerinfo model spectrum values weights",  # noqa: E501
+    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo model spectrum values weights",  # noqa: E501
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",

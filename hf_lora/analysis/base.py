@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from ..values import AdapterValue
 from ..weights import materialised
 from .places import Place, called
 
+if TYPE_CHECKING:
+    from ..export.base import BaseFiles
+
 __all__ = ["Base", "BaseWeights"]
 
-Base = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+Base: TypeAlias = "Mapping[str, Tensor] | nn.Module | BaseFiles | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class BaseWeights:
     """The weights that an adapter's factors are added to. Checked when made: names and shapes, before any is read.
 
     Args:
-        base: a model, the folder or id of one with safetensors, or module path → W (out, in).
+        base: a model, the folder or id of one with safetensors (or what `export.base.open_base` made of it), or module
+            path → W (out, in).
         adapter: what they are the base of.
         places: where they are asked for.
 
@@ -92,8 +96,12 @@ def _found(base: Any, adapter: AdapterValue, paths: Mapping[str, Any]) -> dict[s
         return _of_model(base, paths)
     if isinstance(base, Mapping):
         return _of_mapping(base, paths)
+    from ..export.base import BaseFiles, open_base
+
+    if isinstance(base, BaseFiles):
+        return _of_files(base, adapter, paths)
     if isinstance(base, str | os.PathLike):
-        return _of_files(os.fspath(base), adapter, paths)
+        return _of_files(open_base(os.fspath(base)), adapter, paths)
     raise LoRAConfigError(
         f"The base is {called(base)}, no model.",
         name="base",
@@ -158,12 +166,11 @@ def _of_model(model: nn.Module, paths: Mapping[str, Any]) -> dict[str, _Weight]:
     return found
 
 
-def _of_files(name: str, adapter: AdapterValue, paths: Mapping[str, Any]) -> dict[str, _Weight]:
-    from ..export.base import open_base
+def _of_files(base: BaseFiles, adapter: AdapterValue, paths: Mapping[str, Any]) -> dict[str, _Weight]:
     from ..export.plan import stored_weights
 
     found = {}
-    for path, (stored, turned) in stored_weights(adapter, open_base(name)).items():
+    for path, (stored, turned) in stored_weights(adapter, base).items():
         if path in paths:
             shape = stored.shape[::-1] if turned else stored.shape
             read: Callable[[], Tensor] = lambda s=stored, t=turned: s.read().T if t else s.read()  # type: ignore[misc] # noqa: E731

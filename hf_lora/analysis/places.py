@@ -143,12 +143,12 @@ def paired(
         if mine != theirs:
             facts.append(f"{first[key]}: a is for {mine}, b for {theirs}")
     paths = [{path for path, _ in one} for one in (first, second)]
-    alone = [(place, letter) for place, letter in _alone(first, second)]
-    for place, letter in alone:
+    for place, letter in _alone(first, second):
         if place.path in paths[letter == "a"]:
             facts.append(f"{place}: the other one has this layer under another role, or whole")
         elif not missing:
             facts.append(f"{place}: only {letter} has it")
+    facts.sort()
     if facts or not first.keys() & second.keys():
         raise LoRAMismatchError(
             f"The adapters do not adapt the same layers: {len(facts)} differ."
@@ -156,7 +156,7 @@ def paired(
             else "The adapters have no layer in common.",
             name=facts[0].partition(":")[0] if facts else None,
             value=facts,
-            facts=sorted(facts),
+            facts=facts,
             remedy='Compare adapters of one base; only=["q"] looks at the layers that both have.',
         )
     keys = [*first, *(key for key in second if key not in first)]

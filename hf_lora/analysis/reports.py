@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bases import hub_id, same_base
 from ..errors import LoRAFileError
 from ..values import AdapterValue
 from .amplification import Amplification, amplified
@@ -152,7 +153,8 @@ def report(
     """Everything that can be said of an adapter, of another beside it, and of their base.
 
     Of the adapter its spectrum; of the two overlap and φ; on the base amplification and intruder dimensions.
-    Layers where ΔW is zero, or that only one adapter has, are left out where they have no answer, and noted.
+    Layers where ΔW is zero, or that only one adapter has, are left out where they have no answer, and noted;
+    so is another base than the one that an adapter names.
 
     Args:
         adapter: a `LoRAAdapter`.
@@ -187,8 +189,12 @@ def report(
                 "the others are in one adapter only, or a factor is zero there"
             )
         similarity = tuple(compared(fit, side, "factors", 0) for side in ("A", "B")) if fit else ()
+        if _another(adapter.config.base_model, other.config.base_model):
+            notes.append(f"the adapters name two bases: {adapter.config.base_model} and {other.config.base_model}")
     amplification = intruders = None
     if base is not None:
+        if _another(adapter.config.base_model, _called(base)):
+            notes.append(f"the adapter was made on {adapter.config.base_model}, the base is {_called(base)}")
         weights = BaseWeights(base, adapter, found)
         amplification = Amplification(tuple(amplified(live, weights)))
         intruders = Intruders(tuple(looked_at(live, weights, k, threshold, "B")), k, float(threshold), "B")
@@ -204,6 +210,20 @@ def report(
         intruders,
         tuple(notes),
     )
+
+
+def _called(base: Any) -> str | None:
+    """What a base says that it is."""
+    config: Any = getattr(base, "config", None)
+    named = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    given = getattr(base, "name", None) if not isinstance(base, str | os.PathLike) else os.fspath(base)
+    return next((name for name in (given, named) if isinstance(name, str) and hub_id(name)), None)
+
+
+def _another(one: str | None, other: str | None) -> bool:
+    """Whether two names are ids of different bases; a folder says nothing."""
+    ids = hub_id(one), hub_id(other)
+    return ids[0] is not None and ids[1] is not None and not same_base(ids[0], ids[1])
 
 
 def check_target(target: Path) -> None:

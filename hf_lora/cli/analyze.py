@@ -32,8 +32,9 @@ def analyze(
         list[str] | None, typer.Option(metavar="ROLE|PATH", help="Only these layers; may be given several times.")
     ] = None,
     energy: Annotated[float, typer.Option(help="The share of Σσ² that the suggested rank keeps.")] = 0.9,
-    top: Annotated[int, typer.Option(help="How many directions of W + ΔW are looked at for intruders.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many directions of W + ΔW are looked at for intruders.")] = 10,
     threshold: Annotated[float, typer.Option(help="The cosine below which one is an intruder.")] = 0.5,
+    base_revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
     revision: Annotated[str | None, typer.Option(help="ADAPTER's branch, tag or commit on the Hub.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repo ADAPTER is.")] = None,
     allow_pickle: Annotated[
@@ -50,6 +51,7 @@ def analyze(
     from ..analysis import report
     from ..analysis.figures import require_matplotlib
     from ..analysis.reports import check_target
+    from ..export.base import open_base
 
     if out is not None:  # before the work
         require_matplotlib()
@@ -63,7 +65,7 @@ def analyze(
         found = report(
             first,
             second,
-            base,
+            None if base is None else open_base(base, revision=base_revision, token=token),
             only=only or None,
             energy=energy,
             k=top,
