@@ -543,6 +543,7 @@ def test_what_is_not_finite_is_refused() -> None:
         (lambda a: spectrum(a, only=["q_prj"]), LoRATargetError, "'q_proj'"),
         (lambda a: spectrum(a, only=[]), LoRAConfigError, "only=[]"),
         (lambda a: spectrum(a, only=[1]), LoRAConfigError, "only=[1]"),
+        (lambda a: overlap(a, a, only=5), LoRAConfigError, "only=5"),
         (lambda a: subspace_similarity(a, a, side="C"), LoRAConfigError, "side='C'"),
         (lambda a: subspace_similarity(a, a, of="A"), LoRAConfigError, "of='A'"),
         (lambda a: subspace_similarity(a, a, seed=-1), LoRAConfigError, "seed=-1"),

@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "array",
     "called",
+    "names_of",
     "numerical_rank",
     "paired",
     "places",
@@ -83,7 +84,8 @@ def places(adapter: Any, only: Iterable[str] | None = None, *, what: str = "adap
         blocks: tuple[Block | None, ...] = factors.blocks or (None,)
         for block, (role, part) in zip(blocks, parts(factors), strict=True):
             found.append(Place(path, role or roles_of_path(path), part, block))
-    return tuple(found) if only is None else _chosen(found, only, what)
+    names = names_of(only)
+    return tuple(found) if names is None else _chosen(found, names, what)
 
 
 def called(value: Any) -> str:
@@ -92,8 +94,11 @@ def called(value: Any) -> str:
     return f"{value!r}"[:200] if plain else f"a {type(value).__name__}"
 
 
-def _chosen(found: list[Place], only: Iterable[str], what: str) -> tuple[Place, ...]:
-    names = [only] if isinstance(only, str) else list(only)
+def names_of(only: Any) -> list[str] | None:
+    """The names in `only`, which may be one. Raises `LoRAConfigError` if it is no list of names."""
+    if only is None:
+        return None
+    names = [only] if isinstance(only, str) else list(only) if isinstance(only, Iterable) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         raise LoRAConfigError(
             f"only={only!r} is no list of names.",
@@ -102,6 +107,10 @@ def _chosen(found: list[Place], only: Iterable[str], what: str) -> tuple[Place, 
             expected="roles or module paths",
             remedy='Write only=["q", "v"], or leave it out for all layers.',
         )
+    return names
+
+
+def _chosen(found: list[Place], names: list[str], what: str) -> tuple[Place, ...]:
     taken: set[int] = set()
     for name in names:
         hits = [
@@ -132,7 +141,7 @@ def paired(
     Raises:
         LoRAMismatchError: they have different layers, rows or shapes; every one is listed.
     """
-    only = None if only is None else ([only] if isinstance(only, str) else list(only))
+    only = names_of(only)
     first, second = (
         {(place.path, place.role): place for place in places(adapter, only, what=f"adapter {letter}")}
         for adapter, letter in ((a, "a"), (b, "b"))

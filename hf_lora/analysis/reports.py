@@ -16,7 +16,7 @@ from ..values import AdapterValue
 from .amplification import Amplification, amplified
 from .base import Base, BaseWeights
 from .intruders import Intruders, check_options, looked_at
-from .places import Place, paired, places
+from .places import Place, names_of, paired, places
 from .ranks import Spectra, SuggestedRank, spectrum, suggested_rank
 from .subspaces import AdapterOverlap, SubspaceSimilarity, compared, cosine, overlap
 
@@ -169,7 +169,7 @@ def report(
         as `suggested_rank`, `overlap`, `amplification_factor` and `intruder_dimensions`.
     """
     check_options(k, threshold)
-    only = None if only is None else ([only] if isinstance(only, str) else list(only))
+    only = names_of(only)
     suggested, spectra = suggested_rank(adapter, energy, only=only), spectrum(adapter, only=only)
     found, notes = places(adapter, only), []
     live = tuple(place for place in found if suggested.layers[place.path, place.role])
