@@ -418,19 +418,21 @@ def test_model_files_and_mapping_are_the_same_base(tiny: Any, tmp_path: Path, na
     model.add_lora(LoRAConfig(r=3, alpha=5, target_modules=TARGETS[name]))
     randomise(model)
     value = model.lora_adapter("default")
-    weights, expected = {}, []
+    weights, expected = {}, {}
     for path, factors in value.factors.items():
         module = model.get_submodule(path)
         turned = isinstance(module, (transformers.pytorch_utils.Conv1D, torch.nn.Embedding))
         weights[path] = module.weight.detach().T if turned else module.weight.detach()
-        for rows in [block.index() for block in factors.blocks] or [slice(None)]:
+        whole = {path: slice(None)}
+        for key, rows in {(path, block.role): block.index() for block in factors.blocks}.items() or whole.items():
             w, delta = weights[path].double().numpy()[rows], dense(factors)[rows]
             u, sigma, vt = np.linalg.svd(delta, full_matrices=False)
             k = int((sigma > 1e-9 * sigma[0]).sum())
-            expected.append(np.linalg.norm(delta) / np.linalg.norm(u[:, :k].T @ w @ vt[:k].T))
+            expected[key] = np.linalg.norm(delta) / np.linalg.norm(u[:, :k].T @ w @ vt[:k].T)
     for base in (model, tmp_path, str(tmp_path), weights):
         found = amplification_factor(value, base)
-        np.testing.assert_allclose([layer.factor for layer in found], expected, rtol=1e-6)
+        assert {key: found[key].factor for key in expected} == pytest.approx(expected, rel=1e-6)
+        assert len(found) == len(expected)
     roles = [block.role for f in value.factors.values() for block in f.blocks]
     if roles:
         assert [layer.role for layer in found if layer.role in ("q", "v")] == roles
@@ -602,6 +604,15 @@ def test_results_by_name() -> None:
         found["layers.0.q_prj"]
     with pytest.raises(ValueError, match="read-only"):
         found[Q].values[0] = 0
+
+
+def test_layers_stand_by_their_numbers() -> None:
+    """A file has layers.10 before layers.2."""
+    paths = tuple(f"layers.{i}.q_proj" for i in (0, 10, 2, 1))
+    a = adapter(*(pair(2, 6, 6, i) for i in range(4)), paths=paths)
+    b = adapter(*(pair(2, 6, 6, i) for i in range(4)), paths=("layers.0.q_proj", "layers.3.q_proj", *paths[1:3]))
+    assert [layer.path.split(".")[1] for layer in spectrum(a)] == ["0", "1", "2", "10"]
+    assert [layer.path.split(".")[1] for layer in overlap(a, b)] == ["0", "1", "2", "3", "10"]
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -59,7 +60,7 @@ class Place:
 
 
 def places(adapter: Any, only: Iterable[str] | None = None, *, what: str = "adapter") -> tuple[Place, ...]:
-    """The places of an adapter whose factors are finite.
+    """The places of an adapter whose factors are finite, by the numbers in their paths.
 
     Args:
         adapter: a `LoRAAdapter`.
@@ -80,12 +81,17 @@ def places(adapter: Any, only: Iterable[str] | None = None, *, what: str = "adap
         )
     check_finite({f"{what}, {path}": factors for path, factors in adapter.factors.items()})
     found = []
-    for path, factors in adapter.factors.items():
+    for path, factors in sorted(adapter.factors.items(), key=lambda item: _natural(item[0])):
         blocks: tuple[Block | None, ...] = factors.blocks or (None,)
         for block, (role, part) in zip(blocks, parts(factors), strict=True):
             found.append(Place(path, role or roles_of_path(path), part, block))
     names = names_of(only)
     return tuple(found) if names is None else _chosen(found, names, what)
+
+
+def _natural(path: str) -> list[str | int]:
+    """Layer 2 comes before layer 10: a file has them the other way round."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,9})", path))]
 
 
 def called(value: Any) -> str:
@@ -168,7 +174,7 @@ def paired(
             facts=facts,
             remedy='Compare adapters of one base; only=["q"] looks at the layers that both have.',
         )
-    keys = [*first, *(key for key in second if key not in first)]
+    keys = sorted({**first, **second}, key=lambda key: _natural(key[0]))
     return [(first.get(key), second.get(key)) for key in keys]
 
 
@@ -233,7 +239,7 @@ class Result(Generic[L]):
     """Results by layer: `result["model.layers.0.self_attn.q_proj"]`, in a fused layer `result[path, role]`.
 
     Args:
-        layers: one for each layer, or role of a fused one, in the adapter's order.
+        layers: one for each layer, or role of a fused one, by the numbers in their paths.
     """
 
     layers: tuple[L, ...]
