@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .arithmetic import combine
     from .config import LoRAConfig
     from .hub import list_adapters
+    from .importers import extract_lora
     from .optimizer import optimizer_groups
     from .pool import LoRAPool
     from .training import LoRACallback
@@ -53,6 +54,7 @@ __all__ = [
     "LoRAUnsupportedError",
     "__version__",
     "combine",
+    "extract_lora",
     "list_adapters",
     "optimizer_groups",
     "register",
@@ -68,10 +70,10 @@ _LATER = {
     "LoRAConfig": "config",
     "LoRAPool": "pool",
     "combine": "arithmetic",
+    "extract_lora": "importers",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
 }
-
 
 # Rooms that are reached as `hf_lora.<room>.…`, imported at their first use.
 _ROOMS = frozenset({"analysis"})

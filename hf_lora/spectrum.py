@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .values import Factors
 
-__all__ = ["decompose", "delta_norm", "effective_rank", "enough", "parts", "singular_values"]
+__all__ = ["decompose", "delta_norm", "effective_rank", "parts", "singular_values"]
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -67,9 +67,3 @@ def effective_rank(values: Tensor) -> float:
         return 0.0
     p = values / total
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
-
-
-def enough(values: Tensor, energy: float) -> int:
-    """The smallest rank whose singular values hold the share `energy` of Σσ²; at least 1."""
-    held = values.double().square().cumsum(0)
-    return int((held < energy * held[-1]).sum()) + 1

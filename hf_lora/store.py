@@ -111,7 +111,7 @@ def _read(folder: Path, allow_pickle: bool) -> AdapterValue:
                 value=sorted(entry.name for entry in folder.iterdir())[:20],
                 remedy=f"Put the adapter's weights there as {WEIGHTS_NAME}.",
             )
-        return from_state_dict(config, _unpickle(weights, allow_pickle), source=str(weights))
+        return from_state_dict(config, safefile.read_pickle(weights, allow=allow_pickle), source=str(weights))
     if not (folder / _PENDING).exists():
         _config(folder, {}).require_supported()  # before the weights, for the same reason
     with safefile.reading(weights) as file:
@@ -193,62 +193,6 @@ def _digest(config: LoRAConfig) -> str:
         "other": config.unsupported(),
     }
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
-
-
-def _unpickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
-        raise LoRAFileError(
-            f"{path} is a pickle, which is not read unless asked for.",
-            name=PICKLE_NAME,
-            value=str(path),
-            remedy="Pass allow_pickle=True (it is read with weights_only), or save it as safetensors.",
-        )
-    import torch
-
-    with safefile.reading(path) as file:
-        safefile.refuse_lfs_pointer(path, file.read(64))
-        if _unpacks_larger(file):
-            raise LoRAFileError(
-                f"{path} has packed members, which torch.save does not write.", name=PICKLE_NAME, value=str(path)
-            )
-        file.seek(0)
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # a damaged pickle raises anything: UnpicklingError, RuntimeError, KeyError, EOFError, …
-            raise LoRAFileError(
-                f"{path} is no pickle of tensors alone: {str(error).splitlines()[0] if str(error) else error!r}",
-                name=PICKLE_NAME,
-                value=str(path),
-                remedy="Save it as safetensors where you trust it.",
-            ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
-    ):
-        raise LoRAFileError(f"{path} holds no mapping from names to tensors.", name=PICKLE_NAME, value=str(path))
-    for name, tensor in found.items():
-        # A stride of 0 makes a few bytes look like terabytes.
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.numel() * tensor.element_size() > (tensor.untyped_storage().nbytes())
-        ):
-            raise LoRAFileError(f"{path}: {name!r} is not a plain dense tensor.", name=name, value=tuple(tensor.shape))
-    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
-
-
-def _unpacks_larger(file: BinaryIO) -> bool:
-    """Whether a file is a zip archive with deflated or overlapping members: a few bytes that would fill the memory."""
-    import zipfile
-
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False  # no archive, which torch.load will say better
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    return not stored or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

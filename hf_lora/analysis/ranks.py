@@ -11,6 +11,7 @@ import torch
 
 from .. import spectrum as spectra
 from ..errors import LoRAConfigError
+from ..lowrank import enough
 from ..values import AdapterValue
 from .places import Array, LayerResult, Result, array, places, refuse_zero
 
@@ -45,7 +46,7 @@ class LayerSpectrum(LayerResult):
     def suggested_rank(self, energy: float = 0.9) -> int:
         """The smallest rank that keeps the share `energy` of Σσ²; 0 if ΔW is zero."""
         _check_energy(energy)
-        return spectra.enough(torch.tensor(self.values), energy) if self.values.any() else 0
+        return enough(torch.tensor(self.values), energy) if self.values.any() else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,10 @@
 
 from . import (  # noqa: F401  # importing a command's file adds it to the app
     analyze,
+    demo,
+    export,
+    extract,
+    import_,
     info,
     list,  # noqa: A004  # the command's own name
     merge,
