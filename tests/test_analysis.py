@@ -452,6 +452,14 @@ def test_files_of_the_bare_model_with_the_names_of_one_with_a_head(tiny: Any, tm
     assert factors[0] == factors[1]
 
 
+def test_a_tied_weight_stands_in_the_files_under_its_other_name(tiny: Any, tmp_path: Path) -> None:
+    model = tiny("llama-tied")
+    model.save_pretrained(tmp_path)
+    value = adapter(pair(2, 32, 64, 0), paths=("lm_head",))
+    (layer,) = amplification_factor(value, tmp_path)
+    assert layer.base_norm == pytest.approx(float(model.lm_head.weight.detach().norm()))
+
+
 def test_roles_of_a_fused_layer_are_studied_apart(tiny: Any) -> None:
     model = tiny("neox")
     values = []
