@@ -26,6 +26,7 @@ from .errors import (
 from .registration import register, unregister
 
 if TYPE_CHECKING:
+    from . import analysis as analysis
     from .adapter import LoRAAdapter
     from .arithmetic import combine
     from .config import LoRAConfig
@@ -74,8 +75,13 @@ _LATER = {
     "optimizer_groups": "optimizer",
 }
 
+# Rooms that are reached as `hf_lora.<room>.…`, imported at their first use.
+_ROOMS = frozenset({"analysis"})
+
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
@@ -84,7 +90,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *_ROOMS})
 
 
 register()

@@ -30,11 +30,13 @@ ALLOWED_SKIPS = ("needs a CUDA device",)
 
 # Files that test the project rather than the package: no need to run them against an old transformers or without peft.
 NOT_CORE = {
+    "test_analysis.py",  # values, as the next
     "test_arithmetic.py",  # values, which know no transformers
     "test_benchmarks.py",
     "test_card.py",
     "test_ci.py",
     "test_cli.py",
+    "test_cli_analyze.py",
     "test_cli_formats.py",
     "test_cli_hub.py",
     "test_cli_info.py",

@@ -1,6 +1,7 @@
 """The command `hf-lora`: a thin file for each command, which imports what it calls when it runs."""
 
 from . import (  # noqa: F401  # importing a command's file adds it to the app
+    analyze,
     demo,
     export,
     extract,
