@@ -207,6 +207,7 @@ def test_the_card_of_a_shipped_adapter(visit):
     me.page.get_by_role("heading", name="The card of places").wait_for()
     me.page.wait_for_selector("#adapters-spectrum img")
     assert "Healthy" in me.page.locator("#adapters-health").inner_text()
+    assert "q: " in str(me.page.locator("#adapters-spectrum img").get_attribute("alt"))
     assert "scaling 2" in me.page.locator("#adapters-facts").inner_text()
 
 
@@ -235,10 +236,8 @@ def test_one_batch_with_another_adapter_in_each_row(visit, folder):
     me.said("batch")
     for i, name in enumerate(["places", "tone", "ben", "dora", None], 1):
         assert (name or "base") in me.page.locator(f"#batch-answer-{i}").inner_text()
-        want = alone(folder, name, f"w{i + 2} w9", {"places": 12, "tone": 3}.get(name or "", 64))
-        shown = me.value(f"batch-answer-{i}")
-        assert want.partition("w63")[0].strip().startswith(shown) if name == "tone" else want.startswith(shown)
-        assert shown or not want
+        want = alone(folder, name, f"w{i + 2} w9", {"places": 12, "tone": 3}.get(name or "", 58))
+        assert me.value(f"batch-answer-{i}") == (want.partition("w63")[0].strip() if name == "tone" else want)
     facts = me.page.locator("#batch-facts").inner_text()
     assert "5 rows" in facts
     assert "4 adapters in one batch" in facts
@@ -288,9 +287,14 @@ def test_load_from_the_hub_use_and_remove(visit, hub, folder, tmp_path):
     want = alone(tmp_path, "me/fresh", "w3 w4", 58)
     me.page.wait_for_function("want => document.querySelector('#ask-adapter textarea').value == want", arg=want)
     assert "me/fresh" not in stranger.page.locator("#ask-task").inner_text()
+    me.tab("Blend")
+    me.choose("blend-first", "me/fresh")
     me.tab("Adapters")
     me.page.get_by_role("button", name="Remove").click()
     me.page.get_by_text("me/fresh is removed.").wait_for()
+    me.tab("Blend")
+    assert me.value("blend-first") == "Describe a place"  # what is gone is chosen nowhere
+    me.tab("Adapters")
     me.page.get_by_role("button", name="Remove").click()
     me.page.get_by_text("comes with this demo").wait_for()
     me.tab("Ask")
@@ -356,7 +360,7 @@ def test_a_phone_shows_all_of_it(visit, scheme):
     """No sideways scrolling, and text that can be told from its ground."""
     me = visit(color_scheme=scheme)
     me.page.set_viewport_size({"width": 390, "height": 844})
-    for name in ("Ask", "One batch"):
+    for name in ("Ask", "Blend", "One batch"):
         me.tab(name)
         assert me.page.evaluate("document.documentElement.scrollWidth") <= 390
     me.tab("Ask")
@@ -382,8 +386,7 @@ def test_a_phone_shows_all_of_it(visit, scheme):
                 '#ask-adapter textarea'].map(place => [place, of(document.querySelector(place))]);
         }"""
     )
-    assert {place: ratio for place, ratio in contrast if ratio < 3.0} == {}
-    assert {place: ratio for place, ratio in contrast if ratio < 4.5 and "textarea" in place} == {}
+    assert {place: ratio for place, ratio in contrast if ratio < 4.4} == {}  # white on the theme's indigo has 4.47
 
 
 # ---- through the API -------------------------------------------------------------------------------------------------
@@ -420,7 +423,7 @@ def test_the_named_endpoints(client, folder):
     assert client.predict(api_name="/stats")["batches"] >= 4
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert sorted(endpoints) == sorted(
-        f"/{name}" for name in ("tasks", "ask", "blend", "rows", "load", "remove", "describe", "stats")
+        f"/{name}" for name in ("tasks", "ask", "blend", "rows", "load", "remove", "describe", "stop", "stats")
     )
 
 

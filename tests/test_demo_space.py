@@ -18,7 +18,8 @@ from smallbase import save_base
 from typer.testing import CliRunner
 
 from hf_lora.cli import app
-from hf_lora.demo.space import APP, push_space, readme, requirements, space_files
+from hf_lora.demo.space import app as app_of
+from hf_lora.demo.space import push_space, readme, requirements, space_files
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "spaces_demo"
@@ -35,7 +36,7 @@ def run(*arguments: str) -> Any:
 
 def test_the_repository_s_space_is_what_a_push_writes():
     """`hf-lora demo --push` and the folder spaces_demo never say different things."""
-    assert (SPACE / "app.py").read_text() == APP
+    assert (SPACE / "app.py").read_text() == app_of()
     assert (SPACE / "requirements.txt").read_text() == requirements()
     assert (SPACE / "README.md").read_text() == readme(SPACE / "adapters")
     tracked = {path.name for path in SPACE.iterdir()}
@@ -43,15 +44,17 @@ def test_the_repository_s_space_is_what_a_push_writes():
 
 
 def test_metadata_and_files(adapters):
-    files = space_files(adapters, "A title")
+    files = space_files(adapters, title := 'A "title": with\' marks')
     front = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert (front["sdk"], front["app_file"], front["models"], front["title"]) == (
         "gradio",
         "app.py",
         ["me/tiny"],
-        "A title",
+        title,
     )
     assert len(front["short_description"]) <= 60
+    assert f"title={title!r})" in files["app.py"].decode()
+    compile(files["app.py"], "app.py", "exec")
     assert front["sdk_version"] in (ROOT / "constraints.txt").read_text()
     names = requirements()
     assert all(f"{name}>=" in names for name in ("torch", "transformers", "gradio", "safetensors", "matplotlib"))
@@ -70,7 +73,7 @@ def test_push_again_replaces_its_own_and_keeps_yours(hub, adapters):
     assert first.exit_code == 0, first.output
     files = hub.files("me/space")
     assert hub.repo("me/space").kind == "space"
-    assert files["app.py"].decode() == APP
+    assert files["app.py"].decode() == app_of()
     assert json.loads(first.stdout)["commit"] == hub.history("me/space")[0].oid
     hub.commit("me/space", {"README.md": "---\nsdk: gradio\n---\nMy words.", "notes.txt": "mine"})
     for path in sorted((adapters / "dora").iterdir()):
@@ -110,6 +113,7 @@ def test_a_push_that_is_refused_pushes_nothing(hub, adapters):
         (("--adapters", ".", "--push", "me/space"), "holds no adapters"),
         (("--adapters", ".", "--batch-rows", "0"), "batch-rows"),
         (("--port", "70000"), "port"),
+        (("--push", "me/space", "--timeout", "3", "--share"), "--share, --timeout"),
     ],
 )
 def test_mistakes(arguments, words, tmp_path, monkeypatch):
@@ -125,6 +129,15 @@ def test_adapters_of_several_bases(tiny, adapters, monkeypatch):
     found = run("--adapters", str(adapters))
     assert found.exit_code == 2
     assert "me/another: ben" in found.stderr
+
+
+def test_a_base_that_is_a_folder_is_not_published(hub, adapters):
+    for path in adapters.glob("*/adapter_config.json"):
+        path.write_text(path.read_text().replace("me/tiny", "/home/me/tiny"))
+    found = run("--adapters", str(adapters), "--push", "me/space")
+    assert found.exit_code == 2
+    assert "folder or no id on the Hub" in found.stderr
+    assert hub.requests == []
 
 
 def free_port() -> int:

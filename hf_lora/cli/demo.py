@@ -13,11 +13,13 @@ from .push import TokenFromEnv, token_of
 
 __all__ = ["demo"]
 
+_HERE = ("base", "base_id", "host", "port", "share", "batch_rows", "timeout")  # what only a run here takes
 _SHIPPED = Path(__file__).resolve().parents[2] / "spaces_demo" / "adapters"  # of a checkout
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     base: Annotated[
         str | None, typer.Option(help="An id on the Hub, or a folder. Default: the base that the adapters name.")
     ] = None,
@@ -57,6 +59,9 @@ def demo(
         adapters = _SHIPPED
     require_gradio()
     if push is not None:
+        unused = [f"--{name.replace('_', '-')}" for name in _HERE if _given(context, name)]
+        if unused:
+            raise typer.BadParameter(f"{', '.join(unused)}: a Space is not told that. Leave it out, or --push.")
         if adapters is None:
             raise DemoError("There are no adapters to publish.", name="--adapters", remedy="Give --adapters DIR.")
         with stdout_is_ours():
@@ -82,8 +87,20 @@ def demo(
             shown = f"{local}  {public or ''}".strip()
             stdout().print(f"Open {shown} (Ctrl-C ends it)", markup=False, highlight=False, soft_wrap=True)
         page.block_thread()
+    except OSError as error:
+        raise DemoError(
+            f"The page cannot listen on {host}:{port or 7860}: {error}.",
+            name="--port",
+            value=port,
+            remedy="Choose another --port, or leave it out for the first that is free.",
+        ) from error
     except KeyboardInterrupt:
         pass  # how it is ended
     finally:
         page.close(verbose=False)
         made.close()
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -6,6 +6,7 @@ takes one action of each visitor in turn until it is full. A failure, a stop or 
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections import OrderedDict, deque
@@ -33,11 +34,13 @@ class Ticket:
         waited, seconds: until it began, and since.
     """
 
-    def __init__(self, visitor: str, rows: Sequence[Row], deadline: float) -> None:
-        self.visitor, self.rows, self.deadline = visitor, tuple(rows), deadline
+    def __init__(self, visitor: str, rows: Sequence[Row], deadline: float, place: str = "") -> None:
+        self.visitor, self.rows, self.deadline, self.place = visitor, tuple(rows), deadline, place
+        self.context = contextvars.copy_context()  # who asks, for ZeroGPU
         self.tokens: list[list[int]] = [[] for _ in rows]
         self.errors: list[BaseException | None] = [None] * len(self.rows)
         self.stopped = [False] * len(self.rows)  # the reader needs no more of this row
+        self.finished = [False] * len(self.rows)
         self.state = "waiting"
         self.facts: BatchFacts | None = None
         self.made, self.begun, self.ended = time.monotonic(), 0.0, 0.0
@@ -84,8 +87,8 @@ class Dispatcher:
 
     # ---- for visitors ------------------------------------------------------------------------------------------------
 
-    def submit(self, visitor: str, rows: Sequence[Row]) -> Ticket:
-        """Queue an action.
+    def submit(self, visitor: str, rows: Sequence[Row], place: str = "") -> Ticket:
+        """Queue an action; `place` is where on the page it was asked for.
 
         Raises:
             DemoError: the queue is full, the visitor has too much in it, or it has more rows than a batch.
@@ -96,12 +99,12 @@ class Dispatcher:
         with self._lock:
             if self._closed:
                 raise DemoError("The demo is shutting down.")
-            mine = len(self._waiting.get(visitor, ())) + sum(t.visitor == visitor for t in self._running)
+            mine = len(self._waiting.get(visitor, ())) + sum(t.visitor == visitor and not t.over for t in self._running)
             if mine >= settings.per_visitor:
                 raise DemoError(f"You have {mine} requests under way. Wait for one of them, or stop it.")
             if sum(map(len, self._waiting.values())) >= settings.queue:
                 raise DemoError("Too many people are asking just now. Try again in a minute.")
-            ticket = Ticket(visitor, rows, time.monotonic() + settings.timeout)
+            ticket = Ticket(visitor, rows, time.monotonic() + settings.timeout, place)
             self._waiting.setdefault(visitor, deque()).append(ticket)
             self._lock.notify_all()
         return ticket
@@ -110,19 +113,26 @@ class Dispatcher:
         """How many actions are before this one, at most: those that run and those that came earlier."""
         with self._lock:
             earlier = sum(t.made < ticket.made for own in self._waiting.values() for t in own)
-            return len(self._running) + earlier
+            return sum(not t.over for t in self._running) + earlier
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more. Its rows end with their next token; the others of the batch go on."""
         with self._lock:
             self._end(ticket, "cancelled")
 
-    def cancel_all(self, visitor: str) -> None:
-        """The visitor has left."""
+    def expire(self, ticket: Ticket) -> None:
+        """Its time is over, if it is: what is written stays."""
+        if ticket.deadline <= time.monotonic():
+            with self._lock:
+                self._end(ticket, "late")
+
+    def cancel_all(self, visitor: str, place: str | None = None) -> None:
+        """The visitor has left, or wants no more of what was asked for in this place."""
         with self._lock:
             own = [*self._waiting.get(visitor, ()), *(t for t in self._running if t.visitor == visitor)]
             for ticket in own:
-                self._end(ticket, "cancelled")
+                if place is None or ticket.place == place:
+                    self._end(ticket, "cancelled")
 
     def close(self) -> None:
         """End what runs, refuse what waits, stop the thread."""
@@ -187,48 +197,69 @@ class Dispatcher:
         return batch
 
     def _run(self, batch: list[Ticket]) -> None:
-        places = [(ticket, i) for ticket in batch for i in range(len(ticket.rows))]
-
-        def ended(row: int) -> bool:
-            ticket, own = places[row]
-            if not ticket.over and ticket.deadline <= time.monotonic():
-                with self._lock:
-                    self._end(ticket, "late")
-            return ticket.over or ticket.stopped[own]
-
         try:
-            for event in self._stream([ticket.rows[i] for ticket, i in places], ended):
-                if isinstance(event, BatchFacts):
-                    for ticket in batch:
-                        ticket.facts = event
-                    self.batches, self.rows = self.batches + 1, self.rows + event.rows
-                    self.mixed += event.adapters > 1
-                    continue
-                ticket, own = places[event[0]]
-                if isinstance(event[1], LoRAError):
-                    ticket.errors[own] = event[1]
-                elif not ticket.over:
-                    ticket.tokens[own].append(event[1])
+            self._compute(batch)
         except BaseException as error:  # noqa: BLE001  # the thread goes on; those of this batch hear of it
-            if len(batch) > 1 and not isinstance(error, MemoryError):
-                self._one_by_one(batch)
-                return
-            told = error if isinstance(error, LoRAError) else DemoError(said(error))  # which notes it, once
-            with self._lock:
-                for ticket in batch:
-                    ticket.errors = [told] * len(ticket.rows)
-                    self._end(ticket, "failed")
-                self._running = []
-            return
+            left = [ticket for ticket in batch if not ticket.over]
+            if len(left) > 1:
+                self._one_by_one(left)
+            else:
+                self._fail(left, error)
         with self._lock:
             for ticket in batch:
                 self._end(ticket, "failed" if all(ticket.errors) else "done")
             self._running = []
 
-    def _one_by_one(self, batch: list[Ticket]) -> None:
-        """A batch broke: run each action alone, so that it can break no other."""
-        for ticket in batch:
-            if not ticket.over:
-                ticket.tokens, ticket.errors = [[] for _ in ticket.rows], [None] * len(ticket.rows)
-                self._running = [ticket]
-                self._run([ticket])
+    def _compute(self, batch: Sequence[Ticket]) -> None:
+        places = [(ticket, i) for ticket in batch for i in range(len(ticket.rows))]
+
+        def ended(row: int) -> bool:
+            ticket, own = places[row]
+            self.expire(ticket)
+            return ticket.over or ticket.stopped[own]
+
+        events = iter(self._stream([ticket.rows[i] for ticket, i in places], ended))
+        context = batch[0].context
+        while True:
+            try:
+                event = context.run(next, events)
+            except StopIteration:
+                return
+            if isinstance(event, BatchFacts):
+                for ticket in batch:
+                    ticket.facts = event
+                self.batches, self.rows = self.batches + 1, self.rows + event.rows
+                self.mixed += event.adapters > 1
+                continue
+            (ticket, own), what = places[event[0]], event[1]
+            if ticket.over:
+                continue
+            if isinstance(what, int):
+                ticket.tokens[own].append(what)
+                continue
+            ticket.errors[own], ticket.finished[own] = what, True
+            if all(ticket.finished):  # others of the batch may have longer answers
+                with self._lock:
+                    self._end(ticket, "failed" if all(ticket.errors) else "done")
+
+    def _one_by_one(self, tickets: Sequence[Ticket]) -> None:
+        """A batch broke: run each action that is not over alone, so that it can break no other."""
+        for ticket in tickets:
+            if ticket.over or self._closed:
+                continue
+            ticket.tokens, ticket.errors = [[] for _ in ticket.rows], [None] * len(ticket.rows)
+            ticket.stopped, ticket.finished = [False] * len(ticket.rows), [False] * len(ticket.rows)
+            try:
+                self._compute([ticket])
+            except BaseException as error:  # noqa: BLE001
+                self._fail([ticket], error)
+            else:
+                with self._lock:
+                    self._end(ticket, "failed" if all(ticket.errors) else "done")
+
+    def _fail(self, tickets: Sequence[Ticket], error: BaseException) -> None:
+        told = error if isinstance(error, LoRAError) else DemoError(said(error))  # which notes it, once
+        with self._lock:
+            for ticket in tickets:
+                ticket.errors = [told] * len(ticket.rows)
+                self._end(ticket, "failed")

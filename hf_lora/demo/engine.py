@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import queue
@@ -61,8 +62,8 @@ class BatchFacts:
     switch_ms: float
 
 
-Event = tuple[int, int] | tuple[int, LoRAError] | BatchFacts
-"""(row, its next token), (row, why it cannot run), or once, when it begins, the batch's facts."""
+Event = tuple[int, int | LoRAError | None] | BatchFacts
+"""(row, its next token), (row, why it cannot run), (row, None) when it has ended; once, when it begins, the facts."""
 
 
 class Engine:
@@ -93,11 +94,17 @@ class Engine:
                 source=self.places,
                 device_slots=settings.device_slots,
                 host_slots=4 * settings.device_slots,
-                max_rank=None,
+                host_bytes=settings.host_bytes,
                 timeout=settings.timeout,
             )
             self._pool = os.getpid(), pool
         return self._pool[1]
+
+    def forget(self, key: str) -> None:
+        """Nobody may name this adapter any more: free what it takes, unless a batch is just using it."""
+        if self._pool is not None and self._pool[0] == os.getpid():
+            with contextlib.suppress(LoRAError):
+                self._pool[1].evict(key)
 
     def close(self) -> None:
         """End the pool's threads and take its adapters off the model."""
@@ -167,7 +174,7 @@ class Engine:
         with self._one:
             begun = time.perf_counter()
             with self.pool.acquire(names, strict=False) as lease:
-                loaded = time.perf_counter()
+                load = 1e3 * (time.perf_counter() - begun)
                 kept: list[int] = []
                 for i, row in enumerate(rows):
                     failure = next((lease.failures[name] for name in row.adapters if name in lease.failures), None)
@@ -177,18 +184,38 @@ class Engine:
                         tell((i, failure))
                 if not kept:
                     return
-                which = rows[kept[0]].which
-                mixture = dict(which) if isinstance(which, tuple) else None
-                block = lease.route([rows[i].which for i in kept]) if mixture is None else lease.use(mixture)  # type: ignore[misc]
-                with block:
-                    switched = time.perf_counter()
-                    adapters = len({rows[i].which for i in kept if rows[i].which is not None})
-                    tell(BatchFacts(len(kept), adapters, 1e3 * (loaded - begun), 1e3 * (switched - loaded)))
-                    self._generate(
-                        [rows[i] for i in kept], lambda i, token: tell((kept[i], token)), lambda i: over(kept[i])
-                    )
+                told = False
+                for group in self._fitting(rows, kept):
+                    which = rows[group[0]].which
+                    names_of_rows: Any = [rows[i].which for i in group]
+                    begun = time.perf_counter()
+                    block = lease.use(dict(which)) if isinstance(which, tuple) else lease.route(names_of_rows)
+                    with block:
+                        switch = 1e3 * (time.perf_counter() - begun)
+                        if not told:
+                            adapters = len({name for i in kept for name in rows[i].adapters})
+                            tell(BatchFacts(len(kept), adapters, load, switch))
+                            told = True
+                        self._generate([rows[i] for i in group], _renumbered(tell, group), _of_group(over, group))
 
-    def _generate(self, rows: Sequence[Row], tell: Callable[[int, int], None], over: Callable[[int], bool]) -> None:
+    def _fitting(self, rows: Sequence[Row], kept: Sequence[int]) -> list[list[int]]:
+        """The rows in groups, of which each fits the context: its longest prompt and its longest answer together.
+
+        A row that has ended goes on being computed until the last one ends, and past the context there is no position.
+        """
+        groups: list[list[int]] = []
+        for i in kept:
+            for group in groups:
+                both = [rows[j] for j in (*group, i)]
+                longest = max(len(row.ids) for row in both) + max(row.max_tokens for row in both)
+                if self.context is None or longest <= self.context:
+                    group.append(i)
+                    break
+            else:
+                groups.append([i])
+        return groups
+
+    def _generate(self, rows: Sequence[Row], tell: Callable[[Event], None], over: Callable[[int], bool]) -> None:
         ids, mask = left_padded([row.ids for row in rows], self.pad, self.model.device)  # (rows, length)
         length = ids.shape[1]
         done = [False] * len(rows)
@@ -197,8 +224,10 @@ class Engine:
             count = so_far.shape[1] - length
             for i, token in enumerate(so_far[:, -1].tolist()):
                 if not done[i]:
-                    tell(i, token)
+                    tell((i, token))
                     done[i] = token in self.eos or count >= rows[i].max_tokens or over(i)
+                    if done[i]:
+                        tell((i, None))
             return torch.tensor(done, device=so_far.device)  # (rows,)
 
         with torch.inference_mode():
@@ -211,3 +240,14 @@ class Engine:
                 num_beams=1,
                 pad_token_id=self.pad,
             )
+
+
+def _renumbered(tell: Callable[[Event], None], group: Sequence[int]) -> Callable[[Event], None]:
+    def told(event: Event) -> None:
+        tell(event if isinstance(event, BatchFacts) else (group[event[0]], event[1]))
+
+    return told
+
+
+def _of_group(over: Callable[[int], bool], group: Sequence[int]) -> Callable[[int], bool]:
+    return lambda row: over(group[row])

@@ -20,7 +20,7 @@ from .settings import Settings
 __all__ = ["base_of", "launch_options", "make", "make_demo", "require_gradio"]
 
 _ZERO = "SPACES_ZERO_GPU"  # set on a Space whose GPU is lent for a call at a time
-_SECONDS = 120  # of such a call
+_SECONDS = 120  # of such a call, at most
 
 
 def require_gradio() -> None:
@@ -59,7 +59,7 @@ def base_of(adapters: Path | None) -> str:
 
 
 def make_demo(
-    base: str | None, adapters: Path | None, settings: Settings | None = None, *, base_id: str | None = None, **hub: Any
+    base: str | None, adapters: Path | None, settings: Settings | None = None, *, base_id: str | None = None
 ) -> Demo:
     """Load the base, on a GPU if there is one, look at the adapters, and start what makes batches.
 
@@ -67,7 +67,9 @@ def make_demo(
         base: an id on the Hub or a folder; None takes the one that the adapters name.
         adapters: a folder of adapters' folders; None has none, and visitors load theirs.
         base_id: of a folder: the id on the Hub of what it is a copy of.
-        hub: cache_dir, local_files_only.
+
+    Raises:
+        DemoError: no base is named, or no adapters are there. LoRAError: an adapter is broken or of another base.
     """
     from ..recipe import Base, Data, Source
     from ..recipe.base import find
@@ -81,7 +83,7 @@ def make_demo(
     zero = bool(os.environ.get(_ZERO))
     device = "cuda" if zero or torch.cuda.is_available() else "cpu"
     model = model.to(device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    library = Library(model, adapters, settings, **hub)
+    library = Library(model, adapters, settings)
     engine = Engine(model, tokenizer, library.places, settings)
     stream = _on_zero_gpu(engine) if zero else None
     return Demo(engine, library, Dispatcher(engine, settings, stream), settings, base_name=found.name)
@@ -91,7 +93,10 @@ def _on_zero_gpu(engine: Engine) -> Stream:
     """Batches in a process that has the GPU for as long as the batch runs. Nothing can be told to it meanwhile."""
     import spaces  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-    @spaces.GPU(duration=_SECONDS)  # type: ignore[untyped-decorator,unused-ignore]
+    def seconds(rows: Any, places: Any) -> int:
+        return min(_SECONDS, 20 + max(row.max_tokens for row in rows) // 8)
+
+    @spaces.GPU(duration=seconds)  # type: ignore[untyped-decorator,unused-ignore]
     def batch(rows: Any, places: Any) -> Any:
         yield from engine.stream(rows, None, places)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import hub
+from .. import hub, store
 from ..bases import is_hub_id
 from ..errors import LoRAError
 from ..fitting import make_plan
+from ..hub_errors import translated
+from ..inspection import AdapterInfo, inspect
 from ..loading import require_same_base
 from ..pool.sources import Source
-from ..values import AdapterValue
 from .problems import DemoError
 from .settings import Settings
 from .tasks import FREE, Task, read_task
@@ -23,6 +27,7 @@ from .tasks import FREE, Task, read_task
 __all__ = ["Adapter", "Library", "adapters_in"]
 
 _MOST_CARD = 2**18
+_HEADERS = 2**20  # bytes of a config, and of what a weights' file has beside its tensors
 
 
 @dataclass(frozen=True)
@@ -71,18 +76,27 @@ class Library:
     Args:
         model: the base; only looked at.
         folder: each folder in it that holds an adapter is shipped; None ships none.
-        options: of the Hub: cache_dir, local_files_only.
+        cache: where files from the Hub go; None makes a folder that is deleted with this. Never the user's own cache,
+            which may hold what only they may see.
+
+    Attributes:
+        forgotten: is told the key of an adapter that nobody may name any more.
 
     Raises:
         LoRAError: a shipped adapter is broken or of another base; it says which. DemoError: the folder holds none.
     """
 
-    def __init__(self, model: Any, folder: Path | None, settings: Settings, **options: Any) -> None:
-        self.model, self.settings, self._options = model, settings, options
+    def __init__(self, model: Any, folder: Path | None, settings: Settings, cache: Path | None = None) -> None:
+        self.model, self.settings = model, settings
+        self._own_cache = None if cache is not None else tempfile.TemporaryDirectory(prefix="hf-lora-demo-")
+        self.cache = cache or Path(self._own_cache.name if self._own_cache else "")
+        self.forgotten: Callable[[str], None] = lambda key: None
         self.places: dict[str, Path] = {}  # what the engine reads
         self.shipped: dict[str, Adapter] = {}
         self._found: dict[str, Adapter] = {}  # of the Hub, by key
-        self._visitors: dict[str, dict[str, Adapter]] = {}  # visitor → name → adapter
+        self._visitors: OrderedDict[str, dict[str, Adapter]] = OrderedDict()  # visitor → name → adapter
+        self._loading: dict[str, object] = {}  # visitor → the load that is under way
+        self._infos: dict[str, AdapterInfo] = {}
         self._lock = threading.Lock()
         found = adapters_in(folder) if folder is not None else []
         adapters = [self._look(path.name, path.name, path, shipped=True) for path in found]
@@ -98,9 +112,19 @@ class Library:
     def get(self, visitor: str, name: str) -> Adapter:
         """One of them. Raises `DemoError`."""
         found = self.of(visitor)
-        if name not in found:
+        adapter = found.get(name) if isinstance(name, str) else None
+        if adapter is None:
             raise DemoError(f"There is no adapter {str(name)[:100]!r} here. There are: {', '.join(found)}.")
-        return found[name]
+        return adapter
+
+    def info(self, adapter: Adapter) -> AdapterInfo:
+        """What its files say, and its spectrum; computed once."""
+        found = self._infos.get(adapter.key)
+        if found is None:
+            found = self._infos[adapter.key] = inspect(adapter.folder)
+        return found
+
+    # ---- from the Hub ------------------------------------------------------------------------------------------------
 
     def load(self, visitor: str, repo_id: str) -> Adapter:
         """Fetch an adapter from the Hub for this visitor: public, safetensors, of this base, not too large.
@@ -108,69 +132,101 @@ class Library:
         Raises:
             DemoError, LoRAError: why not. Nothing changed then.
         """
-        repo_id = repo_id.strip()
+        repo_id = repo_id.strip() if isinstance(repo_id, str) else ""
         if not is_hub_id(repo_id) or "/" not in repo_id:
             raise DemoError(f"{repo_id[:100]!r} is not the id of a repo. An id looks like user/name.")
+        this = object()
         with self._lock:
             mine = self._visitors.get(visitor, {})
+            if visitor in self._loading:
+                raise DemoError("You are loading an adapter already. Wait for it.")
             if len(mine) >= self.settings.adapters_per_visitor and repo_id not in mine:
                 raise DemoError(f"You have loaded {len(mine)} adapters. Remove one of them first.")
-        # token=False: what only the demo's owner can see is not for its visitors.
-        size = hub.weights_size(repo_id, token=False, **self._options)
-        if size is not None and size > self.settings.adapter_bytes + 2**20:
-            raise self._too_large(repo_id, size)
-        folder = hub.fetch(repo_id, token=False, **self._options)
-        commit = folder.name
-        with contextlib.suppress(LoRAError):  # it is for reading only
-            hub.fetch_card(repo_id, revision=commit, token=False, most=_MOST_CARD, **self._options)
+            self._loading[visitor] = this
+        try:
+            adapter = self._fetched(repo_id)
+            with self._lock:
+                if self._loading.get(visitor) is not this:
+                    raise DemoError("The page was closed meanwhile.")
+                self._found[adapter.key], self.places[adapter.key] = adapter, adapter.folder
+                self._visitors.setdefault(visitor, {})[repo_id] = adapter
+                self._visitors.move_to_end(visitor)
+                while len(self._visitors) > self.settings.visitors:
+                    self._visitors.popitem(last=False)
+            return adapter
+        finally:
+            with self._lock:
+                if self._loading.get(visitor) is this:
+                    del self._loading[visitor]
+            self._forget_unused()
+
+    def _fetched(self, repo_id: str) -> Adapter:
+        """Everything is asked for without a token: what only the demo's owner may see is not for its visitors."""
+        commit, sizes = _at(repo_id)
+        largest = {store.WEIGHTS_NAME: self.settings.adapter_bytes + _HEADERS, store.CONFIG_NAME: _HEADERS}
+        for name, most in largest.items():
+            if sizes.get(name, 0) > most:
+                has, may = f"{sizes[name] / 1e6:,.0f} MB", f"{most / 1e6:,.0f} MB"
+                raise DemoError(f"{name} of {repo_id} has {has}; at most {may} are loaded here.")
         key = f"{repo_id}@{commit}"
         with self._lock:
             known = self._found.get(key)
-        adapter = known or self._look(key, repo_id, folder, shipped=False, commit=commit)
-        with self._lock:
-            self._found[key], self.places[key] = adapter, folder
-            self._visitors.setdefault(visitor, {})[repo_id] = adapter
-            self._forget_unused()
-        return adapter
+        if known is not None:
+            return known
+        options: dict[str, Any] = {"revision": commit, "token": False, "cache_dir": self.cache}
+        folder = hub.fetch(repo_id, **options)
+        if 0 < sizes.get(hub.CARD_NAME, 0) <= _MOST_CARD:
+            with contextlib.suppress(LoRAError):  # it is for reading only
+                hub.fetch_card(repo_id, most=_MOST_CARD, **options)
+        return self._look(key, repo_id, folder, shipped=False, commit=commit)
 
     def remove(self, visitor: str, name: str) -> None:
         """Take away what this visitor loaded. Raises `DemoError` for one that the demo ships."""
         with self._lock:
             mine = self._visitors.get(visitor, {})
-            if name not in mine:
+            if not isinstance(name, str) or name not in mine:
                 what = "comes with this demo and stays" if name in self.shipped else "is not loaded"
                 raise DemoError(f"{str(name)[:100]!r} {what}.")
             del mine[name]
-            self._forget_unused()
+        self._forget_unused()
 
     def leave(self, visitor: str) -> None:
-        """The visitor is gone."""
+        """The visitor is gone, and so is what they were loading."""
         with self._lock:
             self._visitors.pop(visitor, None)
-            self._forget_unused()
-
-    def value(self, adapter: Adapter) -> AdapterValue:
-        """The adapter's tensors, read and checked."""
-        limits = Source({adapter.key: adapter.folder}, **self._limits, allow_pickle=False, options={})
-        return limits.read(adapter.key)[0]
+            self._loading.pop(visitor, None)
+        self._forget_unused()
 
     def _forget_unused(self) -> None:
-        used = {adapter.key for mine in self._visitors.values() for adapter in mine.values()}
-        for key in [key for key in self._found if key not in used]:
-            del self._found[key]
-            self.places.pop(key, None)
+        """Free what nobody may name: its slot, its memory, and its files."""
+        with self._lock:
+            self._visitors = OrderedDict((visitor, mine) for visitor, mine in self._visitors.items() if mine)
+            used = {adapter.key for mine in self._visitors.values() for adapter in mine.values()}
+            gone = [adapter for key, adapter in self._found.items() if key not in used]
+            for adapter in gone:
+                del self._found[adapter.key]
+                self.places.pop(adapter.key, None)
+                self._infos.pop(adapter.key, None)
+            idle = not self._loading
+            repos = {_cached(adapter.name) for adapter in self._found.values()}
+        for adapter in gone:
+            self.forgotten(adapter.key)
+        if idle:  # also what was fetched and refused
+            for path in self.cache.glob("models--*"):
+                if path.name not in repos:
+                    shutil.rmtree(path, ignore_errors=True)
 
-    @property
-    def _limits(self) -> dict[str, int]:
-        return {"max_rank": self.settings.adapter_rank, "max_bytes": self.settings.adapter_bytes}
-
-    def _too_large(self, name: str, size: int) -> DemoError:
-        most = self.settings.adapter_bytes
-        return DemoError(f"{name} has {size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} MB are loaded here.")
+    def close(self) -> None:
+        """Delete what was fetched."""
+        if self._own_cache is not None:
+            self._own_cache.cleanup()
 
     def _look(self, key: str, name: str, folder: Path, *, shipped: bool, commit: str | None = None) -> Adapter:
         """Read an adapter and see that it is one of this base."""
-        limits: Mapping[str, int | None] = {"max_rank": None, "max_bytes": None} if shipped else self._limits
+        limits: Mapping[str, int | None] = {
+            "max_rank": None if shipped else self.settings.adapter_rank,
+            "max_bytes": None if shipped else self.settings.adapter_bytes,
+        }
         value, _ = Source({key: folder}, **limits, allow_pickle=False, options={}).read(key)
         require_same_base(self.model, value)
         make_plan(self.model, value, None, complete=True)
@@ -188,6 +244,22 @@ class Library:
             sum(f.A.numel() + f.B.numel() for f in value.factors.values()),
             commit,
         )
+
+
+def _at(repo_id: str) -> tuple[str, dict[str, int]]:
+    """The commit of a public repo's main, and the sizes of its files in it. Raises `LoRAHubError`, `DemoError`."""
+    from huggingface_hub import HfApi
+
+    with translated(repo_id, token=False):
+        info = HfApi(token=False).model_info(repo_id, files_metadata=True)
+    if info.gated or info.private or info.sha is None:
+        raise DemoError(f"{repo_id} is gated, so it cannot be loaded here.")
+    return info.sha, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+
+
+def _cached(repo_id: str) -> str:
+    """Its folder's name in a cache of the Hub's files."""
+    return "models--" + repo_id.replace("/", "--")
 
 
 def _order(adapter: Adapter) -> tuple[int, str]:

@@ -12,8 +12,9 @@ __all__ = ["DemoError", "said"]
 
 _log = logging.getLogger("hf_lora.demo")
 
-# Absolute paths of either kind, and file URLs; an address on the Hub stays readable.
-_PATHS = re.compile(r"""(?<![\w:/.])(?:file://|~?/|[A-Za-z]:\\)[^\s'",;]+""")
+# Absolute paths of any kind, in quotes up to the quote's end, and file URLs; an address on the Hub stays readable.
+_QUOTED = re.compile(r"""(['"])(?:file://|~?/(?!/)|[A-Za-z]:\\|\\\\)[^'"]*\1""")
+_PATHS = re.compile(r"""(?<![\w/.])(?:file://|~?/(?!/)|[A-Za-z]:\\|\\\\)[^\s'",;]+""")
 _ADDRESSES = re.compile(r"\b(?:https?://)(?!(?:www\.)?(?:huggingface\.co|hf\.co)\b)[^\s'\",;]+")
 _MOST = 400  # characters of a message
 
@@ -47,6 +48,8 @@ def said(error: BaseException, what: str = "") -> str:
         return error.message
     if isinstance(error, LoRAHubError):
         return _HUB.get(error.kind, _NOT_NOW).format(id=what or error.name or "the adapter")
+    if type(error).__module__.partition(".")[0] == "gradio":  # ZeroGPU says so that a visitor's share is used up
+        return clean(str(getattr(error, "message", error)))
     if isinstance(error, LoRAError):
         facts = "".join(f" {fact}." for fact in error.facts[:3])
         return clean(error.message + facts)
@@ -57,5 +60,5 @@ def said(error: BaseException, what: str = "") -> str:
 def clean(text: str) -> str:
     """Text without local paths, other machines' addresses and tokens, cut to a length that a page can show."""
     text = redacted(text, known_tokens(None))
-    text = _ADDRESSES.sub("…", _PATHS.sub("…", " ".join(text.split())))
+    text = _ADDRESSES.sub("…", _PATHS.sub("…", _QUOTED.sub("…", " ".join(text.split()))))
     return text if len(text) <= _MOST else text[:_MOST] + " …"

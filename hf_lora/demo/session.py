@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import LoRANameError
 from .dispatch import Dispatcher, Ticket
 from .engine import Engine, Mixture, Row
 from .library import Library
@@ -17,6 +19,9 @@ from .tasks import FREE, Task
 __all__ = ["Answer", "Demo", "Progress"]
 
 _EVERY = 0.04  # seconds between two looks at what has come
+_WAITING = 0.2  # while it waits for longer than a second
+_LARGEST = 1e15  # of a number in a text's place
+_LONE = re.compile("[\ud800-\udfff]")
 _LEAST_ANSWER = 16  # tokens that a prompt must leave room for
 
 Given = Mapping[str, str] | str
@@ -83,6 +88,17 @@ class Demo:
         self.base_name = base_name
         weights = {p.data_ptr(): p.numel() * p.element_size() for p in engine.model.parameters()}
         self.base_bytes = sum(weights.values())
+        library.forgotten = engine.forget
+        for adapter in library.shipped.values():  # a form that cannot be sent shows now, and not to a visitor
+            for example in adapter.task.examples:
+                try:
+                    self._row(_Wanted(adapter.name, adapter.key, adapter.task, example))
+                except Exception as error:
+                    raise DemoError(
+                        f"{adapter.name}: an example of its task cannot be asked: {error}",
+                        name=adapter.name,
+                        remedy="Change the example, or the task's prompt, system or chat.",
+                    ) from error
 
     # ---- actions -----------------------------------------------------------------------------------------------------
 
@@ -92,7 +108,7 @@ class Demo:
         wanted = [_Wanted(adapter.name, adapter.key, adapter.task, given)]
         if beside:
             wanted.append(_Wanted("base", None, adapter.task, given))
-        return self._follow(visitor, wanted)
+        return self._follow(visitor, wanted, "ask")
 
     def blend(
         self, visitor: str, first: str, second: str, weight: float, given: Given, *, form: str | None = None
@@ -108,23 +124,26 @@ class Demo:
         which = one.key if share == 1 else other.key if share == 0 else which
         label = f"{share:.0%} {one.name} + {1 - share:.0%} {other.name}"
         task = self.library.get(visitor, form or first).task
-        return self._follow(visitor, [_Wanted(label, which, task, given)])
+        return self._follow(visitor, [_Wanted(label, which, task, given)], "blend")
 
     def rows(self, visitor: str, asked: Sequence[tuple[str | None, Given]]) -> AsyncIterator[Progress]:
         """One batch: row by row an adapter (None: the base), and its fields or its prompt."""
         if not asked:
             raise DemoError("Give at least one row.")
+        if len(asked) > self.settings.batch_rows:
+            raise DemoError(f"One batch has at most {self.settings.batch_rows} rows here, and this has {len(asked)}.")
         wanted = []
         for name, given in asked:
             adapter = None if name is None else self.library.get(visitor, name)
             label, key, task = ("base", None, FREE) if adapter is None else (adapter.name, adapter.key, adapter.task)
             wanted.append(_Wanted(label, key, task, given))
-        return self._follow(visitor, wanted, numbered=True)
+        return self._follow(visitor, wanted, "batch", numbered=True)
 
     def close(self) -> None:
         """Stop what runs, and take the adapters off the base."""
         self.dispatcher.close()
         self.engine.close()
+        self.library.close()
 
     # ---- one action --------------------------------------------------------------------------------------------------
 
@@ -147,8 +166,11 @@ class Demo:
         return found
 
     def _bounded(self, label: str, value: Any, *, code: bool = False) -> str:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int, float))):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+        if not (value is None or isinstance(value, str) or number):
             raise DemoError(f"{label}: a text is needed.")
+        if isinstance(value, str) and _LONE.search(value):
+            raise DemoError(f"{label} holds half of a character, which is no text.")
         text = "" if value is None else str(value).replace("\x00", "")
         text = text.strip("\n") if code else text.strip()
         most = self.settings.prompt_chars
@@ -175,7 +197,9 @@ class Demo:
             raise DemoError(f"The prompt has {len(ids):,} tokens; at most {most:,} are taken here.")
         return Row(ids, wanted.which, new if context is None else min(new, context - len(ids)))
 
-    def _follow(self, visitor: str, wanted: Sequence[_Wanted], *, numbered: bool = False) -> AsyncIterator[Progress]:
+    def _follow(
+        self, visitor: str, wanted: Sequence[_Wanted], place: str, *, numbered: bool = False
+    ) -> AsyncIterator[Progress]:
         rows = []
         for number, each in enumerate(wanted, 1):  # before anything waits
             try:
@@ -184,7 +208,7 @@ class Demo:
                 raise (DemoError(f"Row {number}: {error.message}") if numbered else error) from None
 
         async def follow() -> AsyncIterator[Progress]:
-            ticket = self.dispatcher.submit(visitor, rows)
+            ticket = self.dispatcher.submit(visitor, rows, place)
             try:
                 seen: tuple[Any, ...] = ()
                 while True:
@@ -196,7 +220,8 @@ class Demo:
                         yield progress
                         if progress.over:
                             return
-                    await asyncio.sleep(_EVERY)
+                    await asyncio.sleep(_EVERY if ticket.state == "running" or ticket.waited < 1 else _WAITING)
+                    self.dispatcher.expire(ticket)
             finally:  # also when the page is closed, or the button to stop was pressed
                 self.dispatcher.cancel(ticket)
 
@@ -218,11 +243,15 @@ class Demo:
         over = state not in ("waiting", "running")
         error = ticket.errors[i]
         if error is not None:
-            return Answer(wanted.label, "", True, said(error, wanted.label))
+            removed = isinstance(error, LoRANameError)
+            words = f"{wanted.label} was removed." if removed else said(error, wanted.label)
+            return Answer(wanted.label, "", True, words)
         tokens = list(ticket.tokens[i])
+        if not tokens:  # as long as it waits there is nothing to decode
+            return Answer(wanted.label, "", over)
         text, ended = self.engine.decode(tokens, ticket.rows[i].max_tokens)
         text = text.lstrip()
-        stop = min((at for at in (text.find(end) for end in wanted.task.stop) if at > 0), default=None)
+        stop = min((at for at in (text.find(end) for end in wanted.task.stop) if at >= 0), default=None)
         if stop is not None:
             text, ended = text[:stop], True
             ticket.stopped[i] = True

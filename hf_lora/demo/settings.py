@@ -27,6 +27,8 @@ class Settings:
         device_slots: adapters on the model at a time; at least `batch_rows`, so that every row may name another.
         adapter_bytes, adapter_rank: of an adapter that a visitor loads.
         adapters_per_visitor: that a visitor has loaded at a time.
+        visitors: that have adapters of their own at a time; of more, who came first loses theirs.
+        host_bytes: of adapters in host memory.
     """
 
     batch_rows: int = 32
@@ -36,11 +38,13 @@ class Settings:
     timeout: float = 120.0
     prompt_chars: int = 4000
     prompt_tokens: int = 1024
-    new_tokens: int = 256
+    new_tokens: int = 512
     device_slots: int = 32
     adapter_bytes: int = 128 * 2**20
     adapter_rank: int = 128
     adapters_per_visitor: int = 4
+    visitors: int = 256
+    host_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

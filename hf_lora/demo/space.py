@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from ..bases import require_hub_id
 from ..errors import LoRAHubError
 from ..hub_errors import known_tokens, token_in, translated
 from ..store import read_adapter
@@ -19,38 +22,24 @@ from .tasks import TASK_FILE, read_task
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
-__all__ = ["APP", "TITLE", "push_space", "readme", "requirements", "space_files"]
+__all__ = ["TITLE", "app", "push_space", "readme", "requirements", "space_files"]
 
 TITLE = "One base model, tasks switched live"
 
-APP = '''"""One base model, many LoRA adapters, switched live. All of it is in hf_lora.demo."""
+_APP = '''"""One base model, many LoRA adapters, switched live. All of it is in hf_lora.demo."""
 
 from pathlib import Path
 
 from hf_lora.demo import launch_options, make, make_demo
 
-demo = make(make_demo(None, Path(__file__).parent / "adapters"))
+demo = make(make_demo(None, Path(__file__).parent / "adapters"), title={title!r})
 
 if __name__ == "__main__":
     demo.launch(**launch_options())
 '''
 
 _README = """---
-title: {title}
-emoji: 🎛️
-colorFrom: indigo
-colorTo: purple
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-license: apache-2.0
-short_description: Many LoRA adapters on one base, switched live
-models:
-  - {base}
-tags:
-  - lora
-  - hf_lora
----
+{metadata}---
 
 # {title}
 
@@ -69,6 +58,11 @@ CPU.
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", TASK_FILE)
 _OWN = ("adapters/", "hf_lora/")  # of a Space: what a push replaces
 _SUFFIXES = (".py", ".css", ".typed")
+
+
+def app(title: str = TITLE) -> str:
+    """The Space's app.py."""
+    return _APP.format(title=title)
 
 
 def requirements() -> str:
@@ -94,8 +88,27 @@ def readme(adapters: Path, title: str = TITLE) -> str:
             else ["", "", "", ""]
         )
         rows.append("| " + " | ".join([task.title if task else path.name, path.name, *cells]) + " |")
-    gradio = importlib.metadata.version("gradio")
-    return _README.format(title=title, gradio=gradio, base=base_of(adapters), count=len(rows), rows="\n".join(rows))
+    base = require_hub_id(base_of(adapters))  # a folder of this machine is no base for a Space
+    metadata = {
+        "title": title,
+        "emoji": "🎛️",
+        "colorFrom": "indigo",
+        "colorTo": "purple",
+        "sdk": "gradio",
+        "sdk_version": importlib.metadata.version("gradio"),
+        "app_file": "app.py",
+        "license": "apache-2.0",
+        "short_description": "Many LoRA adapters on one base, switched live",
+        "models": [base],
+        "tags": ["lora", "hf_lora"],
+    }
+    return _README.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        title=" ".join(title.split()),
+        base=base,
+        count=len(rows),
+        rows="\n".join(rows),
+    )
 
 
 def space_files(adapters: Path, title: str = TITLE) -> dict[str, bytes]:
@@ -106,7 +119,7 @@ def space_files(adapters: Path, title: str = TITLE) -> dict[str, bytes]:
     """
     found: dict[str, bytes] = {
         "README.md": readme(adapters, title).encode(),
-        "app.py": APP.encode(),
+        "app.py": app(title).encode(),
         "requirements.txt": requirements().encode(),
     }
     for path in adapters_in(adapters):

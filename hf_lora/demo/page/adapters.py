@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import re
 from typing import Any
 
 import gradio as gr
 
-from ...inspection import AdapterInfo, inspect
+from ...inspection import AdapterInfo
 from ..library import Adapter
 from ..problems import said
 from ..session import Demo
-from .parts import megabytes, note, tiles, visitor_of
+from .parts import SLOW, megabytes, note, tiles, visitor_of
 
 __all__ = ["adapters_tab", "details"]
 
 
-def adapters_tab(demo: Demo) -> tuple[Any, list[Any]]:
-    """Build it. Returns the control that chooses an adapter, and (button, function) pairs are wired by the page."""
+def adapters_tab(demo: Demo) -> tuple[dict[str, Any], list[Any]]:
+    """Build it. Returns its controls by name, which the page wires, and what shows an adapter."""
     shipped = demo.library.shipped
     first = next(iter(shipped), None)
     with gr.Row(elem_classes="sides"):
@@ -41,7 +45,7 @@ def adapters_tab(demo: Demo) -> tuple[Any, list[Any]]:
         with gr.Column(scale=6, min_width=320):
             facts = gr.HTML("", elem_id="adapters-facts")
             health = gr.HTML("", elem_id="adapters-health")
-            spectrum = gr.Plot(label="Singular values of ΔW, by role", show_label=False, elem_id="adapters-spectrum")
+            spectrum = gr.HTML("", elem_id="adapters-spectrum")
             with gr.Accordion("Card", open=False):
                 card = gr.Markdown("", elem_id="adapters-card", sanitize_html=True)
                 text = gr.Textbox(
@@ -59,10 +63,10 @@ def adapters_tab(demo: Demo) -> tuple[Any, list[Any]]:
             adapter = demo.library.get(visitor_of(request), name or "")
             return _shown(demo, adapter)
         except Exception as error:  # noqa: BLE001  # the page says it in its own words
-            return ["", note(said(error, name or ""), "bad"), None, "", gr.update(value="", visible=False)]
+            return ["", note(said(error, name or ""), "bad"), "", "", gr.update(value="", visible=False)]
 
     outputs = [facts, health, spectrum, card, text]
-    chosen.change(look, chosen, outputs, show_progress="minimal", api_visibility="private")
+    chosen.change(look, chosen, outputs, show_progress="minimal", api_visibility="private", **SLOW)
     controls = {"chosen": chosen, "repo": repo, "load": load, "remove": remove, "state": state, "look": look}
     return controls, outputs
 
@@ -90,7 +94,7 @@ def details(info: AdapterInfo) -> dict[str, Any]:
 
 
 def _shown(demo: Demo, adapter: Adapter) -> list[Any]:
-    info = inspect(adapter.folder)
+    info = demo.library.info(adapter)
     found = details(info)
     roles = ", ".join(f"{role} × {layers}" for role, layers in found["targets"].items())
     share = adapter.parameters / max(1, sum(p.numel() for p in demo.engine.model.parameters()))
@@ -112,15 +116,26 @@ def _shown(demo: Demo, adapter: Adapter) -> list[Any]:
         tiles(pairs),
         verdict,
         _figure(found["spectrum"]),
-        (card or "It has no card.") if ours else "",
+        (plain(card) or "It has no card.") if ours else "",
         gr.update(value=card if not ours else "", visible=not ours),  # a stranger's card is shown as text
     ]
 
 
-def _figure(spectra: dict[str, Any]) -> Any:
+def plain(card: str) -> str:
+    """A card's Markdown without HTML, and without pictures, which would be fetched from elsewhere."""
+    parts = re.split(r"^(```.*?^```)", card, flags=re.M | re.S)
+    for i in range(0, len(parts), 2):  # between blocks of code
+        text = re.sub(r"<!--.*?(-->|\Z)", "", parts[i], flags=re.S)
+        text = re.sub(r"!\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])?", r"\1", text)
+        parts[i] = text.replace("<", "&lt;")
+    return "".join(parts).strip()
+
+
+def _figure(spectra: dict[str, Any]) -> str:
+    """An <img> whose alternative text has the numbers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
     for role, spectrum in spectra.items():
         values = spectrum["singular_values"]
@@ -135,7 +150,14 @@ def _figure(spectra: dict[str, Any]) -> Any:
     axes.grid(alpha=0.3)
     if spectra:
         axes.legend(frameon=False)
-    return figure
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    numbers = "; ".join(
+        f"{role}: {', '.join(f'{value:.3g}' for value in spectrum['singular_values'])}"
+        for role, spectrum in spectra.items()
+    )
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="Singular values of ΔW, {html.escape(numbers)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _rank(spectrum: dict[str, Any]) -> str:

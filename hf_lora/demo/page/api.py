@@ -6,12 +6,11 @@ from typing import Any
 
 import gradio as gr
 
-from ...inspection import inspect
 from ..library import Adapter
 from ..problems import DemoError, said
 from ..session import Demo, Progress
 from .adapters import details
-from .parts import visitor_of
+from .parts import SLOW, visitor_of
 
 __all__ = ["add_api"]
 
@@ -52,16 +51,22 @@ def add_api(demo: Demo) -> None:
         """An adapter's card, ranks, singular values by role, and what is odd about it."""
         with _told_errors(adapter):
             found = demo.library.get(visitor_of(request), adapter)
-            return {**_told(found), **details(inspect(found.folder)), "card": found.card()}
+            return {**_told(found), **details(demo.library.info(found)), "card": found.card()}
+
+    def stop(request: gr.Request) -> str:
+        """End what your session has under way; what is written comes as it is, in state "cancelled"."""
+        with _told_errors():
+            demo.dispatcher.cancel_all(visitor_of(request))
+        return "stopped"
 
     def stats() -> dict[str, int]:
         """Batches so far, their rows, and how many had rows of different adapters."""
         return {"batches": demo.dispatcher.batches, "rows": demo.dispatcher.rows, "mixed": demo.dispatcher.mixed}
 
-    for function in (tasks, ask, blend, rows, load, remove, describe, stats):
-        gr.api(  # type: ignore[attr-defined]
-            function, api_name=function.__name__, concurrency_limit=None
-        )
+    few = {"load", "describe"}  # wait for the Hub, or for a decomposition, each on a thread
+    for function in (tasks, ask, blend, rows, load, remove, describe, stop, stats):
+        limits: dict[str, Any] = SLOW if function.__name__ in few else {"concurrency_limit": None}
+        gr.api(function, api_name=function.__name__, **limits)  # type: ignore[attr-defined]
 
 
 class _told_errors:

@@ -18,8 +18,8 @@ __all__ = ["ask_tab"]
 _FEW = 8  # tasks that are shown as buttons; more make a list
 
 
-def ask_tab(demo: Demo) -> tuple[list[Any], list[Any]]:
-    """Build it. Returns the controls that choose an adapter, and what reacts to a choice."""
+def ask_tab(demo: Demo) -> Any:
+    """Build it. Returns the control that chooses an adapter."""
     shipped = demo.library.shipped
     first = next(iter(shipped), "")
     adapter = shipped.get(first)
@@ -62,10 +62,14 @@ def ask_tab(demo: Demo) -> tuple[list[Any], list[Any]]:
             gr.update(visible=rating is not None),
             score(rating),
             *forms.shown(name or ""),
+            note("Nothing asked yet."),
+            "",
+            "",
+            "",
         ]
 
     def end(request: gr.Request) -> None:
-        demo.dispatcher.cancel_all(visitor_of(request))
+        demo.dispatcher.cancel_all(visitor_of(request), "ask")
 
     outputs = [state, with_it, without, facts]
     fields = [control for control in forms.controls if isinstance(control, gr.Textbox) and control.lines == 1]
@@ -79,8 +83,9 @@ def ask_tab(demo: Demo) -> tuple[list[Any], list[Any]]:
         api_visibility="private",
     )
     stop.click(end, None, None, queue=False, api_visibility="private")
-    task.change(choose, task, [about, measured, found, *forms.groups], show_progress="hidden", api_visibility="private")
-    return [task], []
+    changed = [about, measured, found, *forms.groups, *outputs]
+    gr.on(task.change, choose, task, changed, show_progress="hidden", api_visibility="private")
+    return task
 
 
 def _about(adapter: Any) -> str:

@@ -84,7 +84,7 @@ def batch_tab(demo: Demo) -> list[Any]:
         return gr.update(value=text) if text else gr.update()
 
     def end(request: gr.Request) -> None:
-        demo.dispatcher.cancel_all(visitor_of(request))
+        demo.dispatcher.cancel_all(visitor_of(request), "batch")
 
     run.click(
         run_rows,

@@ -67,7 +67,7 @@ def blend_tab(demo: Demo) -> list[Any]:
         return first_prompt(demo.library.of(visitor_of(request)).get(name))
 
     def end(request: gr.Request) -> None:
-        demo.dispatcher.cancel_all(visitor_of(request))
+        demo.dispatcher.cancel_all(visitor_of(request), "blend")
 
     gr.on(
         [run.click, share.release],

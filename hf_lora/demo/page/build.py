@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .api import add_api
 from .ask import ask_tab
 from .batch import BASE, batch_tab
 from .blend import blend_tab
-from .parts import megabytes, note, tiles, visitor_of
+from .parts import SLOW, megabytes, note, tiles, visitor_of
 
 __all__ = ["CSS", "build", "theme"]
 
@@ -40,7 +41,7 @@ def build(demo: Demo, *, title: str = "One base model, tasks switched live") -> 
         gr.HTML(_head(demo, title), elem_id="head")
         with gr.Tabs():
             with gr.Tab("Ask", id="ask"):
-                (task,), _ = ask_tab(demo)
+                task = ask_tab(demo)
             with gr.Tab("Blend", id="blend"):
                 pair = blend_tab(demo)
             with gr.Tab("One batch", id="batch"):
@@ -49,33 +50,35 @@ def build(demo: Demo, *, title: str = "One base model, tasks switched live") -> 
                 own, shown = adapters_tab(demo)
         pickers = [own["chosen"], task, *pair, *rows]
 
-        def choices(visitor: str, select: str | None) -> list[Any]:
-            named = [(adapter.title, name) for name, adapter in demo.library.of(visitor).items()]
-            first: dict[str, Any] = {"value": select} if select else {}
-            return [
-                gr.update(choices=named, **first),
-                gr.update(choices=named, **first),
-                *(gr.update(choices=named) for _ in pair),
-                *(gr.update(choices=[BASE, *named]) for _ in rows),
-            ]
+        def choices(visitor: str, select: str | None, current: Sequence[Any]) -> list[Any]:
+            """For every picker what there is now; one whose choice is gone gets another."""
+            there = demo.library.of(visitor)
+            named = [(adapter.title, name) for name, adapter in there.items()]
+            first = next(iter(there), None)
+            updates = [gr.update(choices=named, value=select or first) for _ in (own["chosen"], task)]
+            for value in current[2 : 2 + len(pair)]:
+                updates.append(gr.update(choices=named, value=value if value in there else first))
+            for value in current[2 + len(pair) :]:
+                updates.append(gr.update(choices=[BASE, *named], value=value if value in there else BASE[1]))
+            return updates
 
-        def load(request: gr.Request, repo: str) -> list[Any]:
+        def load(request: gr.Request, repo: str, *current: Any) -> list[Any]:
             visitor = visitor_of(request)
             try:
                 adapter = demo.library.load(visitor, repo)
             except Exception as error:  # noqa: BLE001  # the page says it in its own words
                 return [note(said(error, repo.strip()[:100]), "bad"), gr.update(), *[gr.update() for _ in pickers]]
             told = note(f"{adapter.name} is loaded: {megabytes(adapter.nbytes)}, rank {adapter.rank}.", "good")
-            return [told, gr.update(value=""), *choices(visitor, adapter.name)]
+            return [told, gr.update(value=""), *choices(visitor, adapter.name, current)]
 
-        def remove(request: gr.Request, name: str) -> list[Any]:
+        def remove(request: gr.Request, *current: Any) -> list[Any]:
+            name = current[0]
             visitor = visitor_of(request)
             try:
                 demo.library.remove(visitor, name)
             except Exception as error:  # noqa: BLE001
                 return [note(said(error, name), "bad"), *[gr.update() for _ in pickers]]
-            left = next(iter(demo.library.of(visitor)), None)
-            return [note(f"{name} is removed.", "good"), *choices(visitor, left)]
+            return [note(f"{name} is removed.", "good"), *choices(visitor, None, current)]
 
         def leave(request: gr.Request) -> None:
             visitor = visitor_of(request)
@@ -83,13 +86,12 @@ def build(demo: Demo, *, title: str = "One base model, tasks switched live") -> 
             demo.library.leave(visitor)
 
         quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
-        gr.on(
-            [own["load"].click, own["repo"].submit], load, own["repo"], [own["state"], own["repo"], *pickers], **quiet
-        )
-        own["remove"].click(remove, own["chosen"], [own["state"], *pickers], **quiet)
-        page.load(own["look"], own["chosen"], shown, show_progress="hidden", api_visibility="private")
+        loaded = [own["state"], own["repo"], *pickers]
+        gr.on([own["load"].click, own["repo"].submit], load, [own["repo"], *pickers], loaded, **quiet, **SLOW)
+        own["remove"].click(remove, pickers, [own["state"], *pickers], **quiet)
+        page.load(own["look"], own["chosen"], shown, show_progress="hidden", api_visibility="private", **SLOW)
         page.unload(leave)
-    page.queue(default_concurrency_limit=None, max_size=None, api_open=True)
+    page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
     return page
 
 

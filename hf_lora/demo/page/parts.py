@@ -7,17 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..library import Adapter
+from ..problems import DemoError
 from ..session import Demo, Progress
 from ..tasks import Score
 
-__all__ = ["LEAST_SHOWN", "figures", "megabytes", "note", "score", "status", "tiles", "visitor_of"]
+__all__ = ["LEAST_SHOWN", "SLOW", "figures", "megabytes", "note", "score", "status", "tiles", "visitor_of"]
+
+SLOW: dict[str, Any] = {"concurrency_limit": 4, "concurrency_id": "slow"}
+"""Of what waits for the Hub or computes on a thread: gradio has 40 of them for everything, its own pages included."""
 
 LEAST_SHOWN = 0.001  # milliseconds; less is within the clock's own grain
 
 
 def visitor_of(request: Any) -> str:
-    """Who asks: a page's session. Each tab and each client has its own."""
-    return str(getattr(request, "session_hash", None) or "nobody")
+    """Who asks: a page's session. Each tab and each client has its own. Raises `DemoError` for a call without one."""
+    found = getattr(request, "session_hash", None)
+    if not found:
+        raise DemoError("A call needs a session: open the page, or use gradio_client.")
+    return str(found)
 
 
 def megabytes(nbytes: int) -> str:
