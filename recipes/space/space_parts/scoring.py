@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from .tasks import Material, Row, Task
 
 from hf_lora.quickstart import baselines
 from hf_lora.quickstart.data import Example
-from hf_lora.quickstart.evaluate import measure, paired_difference, rouge_l
+from hf_lora.quickstart.evaluate import paired_difference, rouge_l
 from hf_lora.recipe.schema import Data
 
-__all__ = ["Contestant", "Scores", "Writer", "answers", "error", "score", "trivial"]
+from .tasks import Material, Row, Task
+
+__all__ = ["Contestant", "Scores", "Writer", "error", "said", "score", "shots_of", "trivial"]
 
 _Z = 1.959963985  # the normal distribution's 97.5 % point
 _RESAMPLED = 10_000
@@ -83,13 +84,6 @@ class Scores:
     metrics: tuple[str, ...]
     values: Mapping[str, Mapping[str, float]]
     better_by: Mapping[str, Mapping[str, tuple[float, float]]]
-
-
-def answers(
-    model: Any, writer: Writer, task: Task, held: Sequence[Example], shots: Sequence[Example] = ()
-) -> tuple[str, ...]:
-    """The greedy answer to every example, as the Space gives it: to the line's end, or `max_new_tokens`."""
-    return measure(model, writer, held, shots, new_tokens=task.max_new_tokens)[1]  # type: ignore[arg-type]
 
 
 def shots_of(task: Task, writer: Writer, train: Sequence[Example]) -> tuple[Example, ...]:

@@ -5,6 +5,7 @@ A task's rows have the columns that its recipe's templates name. Its prompt is s
 
 from __future__ import annotations
 
+import platform
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,7 +104,7 @@ _CHOICES = {
 
 
 def attributes_of(mr: str) -> Row:
-    """A meaning representation as values of the form's fields: "name[Cocum], area[riverside]" → {"name": "Cocum", …}."""
+    """A meaning representation as values of the form's fields: "name[Cocum], near[Ranch]" → {"name": "Cocum", …}."""
     fields = {word: field for field, word in _KEYS.items()}
     found = {fields[word]: value for word, value in re.findall(r"(?:^|, )([^\[,]+)\[([^\]]*)\]", mr)}
     return {field: found.get(field, "") for field in _KEYS}
@@ -177,7 +178,7 @@ def _some(held: Sequence[Row], shortest: int = 40, longest: int = 90, count: int
 
 def _docstrings(folder: Path | None) -> Material:
     """From this Python's own library; no folder is read."""
-    task = docstring_task(train=10**6, heldout=192)
+    task = docstring_task(train=10**6, heldout=128)
 
     def short(examples: Sequence[Example]) -> list[Example]:
         return [e for e in examples if len(e.prompt) <= _LONGEST_SOURCE]
@@ -280,7 +281,8 @@ TASKS: dict[str, Task] = {
             about="Says whether an English sentence is acceptable to a native speaker. Trained on example sentences of "
             "linguists, the Corpus of Linguistic Acceptability.",
             data="CoLA (Warstadt et al. 2018): in_domain_train.tsv to learn from, in_domain_dev.tsv and "
-            "out_of_domain_dev.tsv to measure on, of https://github.com/nyu-mll/CoLA-baselines.",
+            "out_of_domain_dev.tsv to measure on, of https://github.com/nyu-mll/CoLA-baselines. Sentences that are not "
+            "acceptable are rarer, and stand twice in what is learned from.",
             license="the data's own: CoLA, sentences quoted from linguistics publications",
             license_id="other",
             fields=[_SENTENCE],
@@ -296,8 +298,8 @@ TASKS: dict[str, Task] = {
             metric="ROUGE-L",
             about="Writes the one-line docstring of a Python function. Trained on functions of Python's standard "
             "library; the code is read as text and never run.",
-            data="The functions of this Python's standard library that have a one-line docstring; whole modules are held "
-            "out.",
+            data=f"The functions of the standard library of Python {platform.python_version()} that have a one-line "
+            f"docstring and at most {_LONGEST_SOURCE} characters; whole modules are held out.",
             license="PSF-2.0 (data)",
             license_id="other",
             license_name="psf-2.0",

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from .scoring import Contestant, Scores, unanswered
-from .tasks import Material, Task
 
 from hf_lora.cardtext import escape
 from hf_lora.recipe.schema import Data
+
+from .scoring import Contestant, Scores, unanswered
+from .tasks import Material, Task
 
 __all__ = ["RESULTS", "form", "results", "words"]
 
