@@ -38,7 +38,7 @@ from hf_lora.quickstart.base import HUB_ID  # noqa: E402
 from hf_lora.recipe import Recipe, train  # noqa: E402
 
 OUT = HERE.parents[1] / "spaces_demo" / "adapters"
-_KEPT = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+_KEPT = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +60,8 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(TASKS), help="these tasks; all without it")
     parser.add_argument("--data", type=Path, help="the folder with the folders e2e, sst2 and cola")
     parser.add_argument("--out", type=Path, default=OUT, help="where the adapters go (spaces_demo/adapters)")
-    parser.add_argument("--work", type=Path, help="keep the prepared data and the runs in this folder")
+    parser.add_argument("--work", type=Path, help="keep data and runs in this folder, and go on with those in it")
+    parser.add_argument("--fresh", action="store_true", help="start over in --work")
     parser.add_argument("--prepare", action="store_true", help="only write the data, to --work")
     parser.add_argument("--steps", type=int, help="so many optimizer steps, for a smoke run")
     parser.add_argument("--heldout", type=int, help="measure on the first so many held-out rows, for a smoke run")
@@ -82,8 +83,10 @@ def _make(task: Task, asked: argparse.Namespace, work: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     data = " --data FOLDER" if task.needs_data else ""
     command = f"python recipes/space/make.py --only {task.name}{data}"
-    (run / "README.md").write_text(words(task, command, _origin(recipe)), encoding="utf-8")
-    result = train(recipe, fresh=True, note=_say, step=_step)
+    card = run / "README.md"
+    if asked.fresh or not card.exists():
+        card.write_text(words(task, command, _origin(recipe)), encoding="utf-8")
+    result = train(recipe, resume=not asked.fresh, fresh=asked.fresh, note=_say, step=_step)
     print(f"  trained {result.trainable:,} parameters, {result.steps} steps, {result.seconds:.0f} s", flush=True)
     contestants = _measured(task, recipe, material, run)
     scores = score(task, contestants, material)
@@ -91,10 +94,9 @@ def _make(task: Task, asked: argparse.Namespace, work: Path) -> None:
     print(table, flush=True)
     out = asked.out / task.name
     out.mkdir(parents=True, exist_ok=True)
-    card = run / "README.md"
-    card.write_text(card.read_text(encoding="utf-8").replace(RESULTS, table), encoding="utf-8")
     for name in _KEPT:
         shutil.copyfile(run / name, out / name)
+    (out / "README.md").write_text(card.read_text(encoding="utf-8").replace(RESULTS, table), encoding="utf-8")
     (out / "task.yaml").write_text(form(task, recipe.data, material, scores), encoding="utf-8")
 
 
