@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 import hf_lora  # noqa: F401  # the methods on models
 from hf_lora.health import examine
-from hf_lora.recipe import Recipe
+from hf_lora.recipe import Recipe, Source
 from hf_lora.recipe.features import prepare
 from hf_lora.store import read_adapter
 
@@ -75,12 +76,13 @@ def test_the_four_tasks_are_there_and_nothing_else() -> None:
 @task
 def test_an_adapter_fits_the_base_and_its_recipe(name: str, skeleton: Any) -> None:
     value, made_by = read_adapter(ADAPTERS / name), recipe(name)
-    skeleton.add_lora(made_by.lora)
-    try:
-        targets = {path for path, layer in skeleton.named_modules() if type(layer).__name__.startswith("LoRA")}
-    finally:
-        skeleton.remove_lora()
-    assert set(value.factors) == targets
+    linear = {path for path, layer in skeleton.named_modules() if isinstance(layer, torch.nn.Linear)} - {"lm_head"}
+    named = made_by.lora.target_modules
+    roles = tuple(f".{role}_proj" for role in named) if named != "all-linear" else ("",)
+    assert set(value.factors) == {path for path in linear if path.endswith(roles)}
+    skeleton.load_lora(ADAPTERS / name, name=name)
+    assert list(skeleton.lora_names) == [name]
+    skeleton.remove_lora()
     for path, factors in value.factors.items():
         layer = skeleton.get_submodule(path)
         assert tuple(factors.A.shape) == (made_by.lora.r, layer.in_features)
@@ -164,10 +166,7 @@ def test_a_forms_prompt_is_the_one_that_was_trained_on(name: str, tmp_path: Path
         rows.append({column: text_of(alone, values), **answers})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = json.loads(json.dumps(recipe(name).to_dict()["data"]))
-    found |= {"train": str(file), "max_length": 4096}
-    found.pop("eval")
-    again = Recipe.from_dict({"base": {"model": "x"}, "out": "x", "data": found}).data
+    again = replace(data, train=Source(file=str(file)), eval=None, max_eval=None, max_length=4096)
     trained = prepare(again, tokenizer, LlamaConfig(max_position_embeddings=8192), seq2seq=False).train
     assert content["chat"] is data.chat
     for values, example in zip(content["examples"], trained.examples, strict=True):
