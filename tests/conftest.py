@@ -62,6 +62,7 @@ NOT_CORE = {
     "test_quickstart.py",
     "test_recipe.py",
     "test_serve.py",
+    "test_space_adapters.py",
     "test_trainer_features.py",
     "test_trainer_hub.py",
     "test_trainer_survival.py",
