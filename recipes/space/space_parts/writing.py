@@ -44,15 +44,18 @@ def form(task: Task, data: Data, material: Material, scores: Scores) -> str:
 
 
 def _score(task: Task, material: Material, scores: Scores) -> dict[str, Any]:
-    """The main metric. The error is the paired 95 % error of the gain over the better of base and trivial answers."""
+    """The main metric; the error is the paired 95 % one of the gain over `best_trivial`, the best without training.
+
+    With answered examples in its prompt or without any model. If the base alone is better, the gain is over that.
+    """
     metric = scores.metrics[0]
     values = {name: found[metric] for name, found in scores.values.items()}
-    base, _, *trivials, ours = values  # the second is the base with examples, which the card alone shows
-    strongest = max([base, *trivials], key=values.__getitem__)
+    base, *others, ours = values
+    strongest = max([base, *others], key=values.__getitem__)
     return {
         "metric": _UNITS.get(metric, metric),
         "base": round(values[base], 1),
-        "best_trivial": round(max(map(values.__getitem__, trivials)), 1),
+        "best_trivial": round(max(map(values.__getitem__, others)), 1),
         "adapter": round(values[ours], 1),
         "error": round(scores.better_by[strongest][metric][1], 1),
         "on": material.on,
