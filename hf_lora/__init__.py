@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .config import LoRAConfig
     from .hub import list_adapters
     from .optimizer import optimizer_groups
+    from .planning import plan
     from .pool import LoRAPool
     from .training import LoRACallback
 
@@ -54,6 +55,7 @@ __all__ = [
     "combine",
     "list_adapters",
     "optimizer_groups",
+    "plan",
     "register",
     "unregister",
 ]
@@ -69,6 +71,7 @@ _LATER = {
     "combine": "arithmetic",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
+    "plan": "planning",
 }
 
 
