@@ -20,6 +20,7 @@ from ..store import weights_nbytes
 from ..targeting import Resolution, roles_of
 from . import skeleton
 from .budget import propose
+from .ledger import DeviceKernels
 from .optimizers import Factory, factory
 from .result import Proposal, TrainingPlan
 from .step import Step, example, nbytes, optimizer_state, run
@@ -86,7 +87,8 @@ def plan(
     wanted = skeleton.dtype_of(dtype)
     if config is not None and not isinstance(config, LoRAConfig):
         config = LoRAConfig.from_peft(config)
-    model, notes, own_device = _skeleton(model_or_config, config, wanted)
+    with _quiet():
+        model, notes, own_device = _skeleton(model_or_config, config, wanted)
     device = device or own_device
     base_parameters, base_bytes = skeleton.base_nbytes(model)
     base_dtype = str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "")).removeprefix("torch.")
@@ -99,7 +101,7 @@ def plan(
     with _quiet():
         model.train()
         if gradient_checkpointing:
-            _checkpoint(model)
+            _checkpoint(model, device)
         found = add(model, config)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         held = optimizer_state(model, make)
@@ -183,7 +185,7 @@ def _length(model: nn.Module, length: int | None, notes: list[str]) -> int:
     return length
 
 
-def _checkpoint(model: Any) -> None:
+def _checkpoint(model: Any, device: str) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise LoRAConfigError(
             f"gradient_checkpointing=True: {type(model).__name__} has none.",
@@ -192,7 +194,8 @@ def _checkpoint(model: Any) -> None:
             remedy="Leave it out.",
         )
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    # Autograd recomputes outside of the modes of functions that surround the backward.
+    enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), DeviceKernels(device))})
 
 
 def _step(

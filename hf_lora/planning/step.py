@@ -46,7 +46,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any], optimizer: Optimizer, devic
     try:
         with DeviceKernels(device), ledger:
             loss = _loss(model(**inputs))
-            activation, lost = ledger.live, ledger.held(_LOSS)
+            activation, lost = ledger.live - loss.nbytes, ledger.held(_LOSS) - loss.nbytes
             loss.backward()
             del loss
             ledger.any_number = True
