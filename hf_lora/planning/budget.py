@@ -24,8 +24,8 @@ _SETS: tuple[tuple[str, ...], ...] = (
     *(("q", "k"), ("q", "v"), ("q", "k", "v", "o")),
     ROLES,
 )
-# What Table 5 finds best at one budget, best first, and the least rank at which it does: more kinds of matrices rather
-# than a larger rank. All four with r=2 do as well as or better than q and v with r=4, and these better than one with r=8.
+# What Table 5 finds best at one budget, best first, and the least rank at which it does. More kinds of matrices are
+# worth more than a larger rank: all four with r=2 do as well as q and v with r=4, and these better than one with r=8.
 _BEST: tuple[tuple[tuple[str, ...], int], ...] = ((("q", "k", "v", "o"), 2), (("q", "v"), 1), (("v",), 1), (("o",), 1))
 
 
@@ -45,9 +45,7 @@ def propose(model: nn.Module, config: LoRAConfig | None, budget: Any) -> tuple[P
     fixed = config.target_modules
     found: list[Proposal] = []
     least: list[tuple[int, str]] = []
-    for targets in [fixed] if fixed is not None else _sets(model):
-        if targets is None:
-            continue
+    for targets in _sets(model) if fixed is None else [fixed]:
         wanted = config.replace(target_modules=targets)
         try:
             one, most, step = _costs(model, wanted)
@@ -58,7 +56,14 @@ def propose(model: nn.Module, config: LoRAConfig | None, budget: Any) -> tuple[P
         least.append((one, targets if isinstance(targets, str) else ", ".join(targets)))
         if one <= budget:
             r = min(most, 1 + (budget - one) // step)
-            found.append(Proposal(targets if isinstance(targets, str) else tuple(targets), r, one + (r - 1) * step, wanted.replace(r=r)))
+            found.append(
+                Proposal(
+                    targets if isinstance(targets, str) else tuple(targets),
+                    r,
+                    one + (r - 1) * step,
+                    wanted.replace(r=r),
+                )
+            )
     if not found:
         cost, names = min(least)
         raise LoRAConfigError(
@@ -76,7 +81,9 @@ def _sets(model: nn.Module) -> list[tuple[str, ...] | str]:
     """The sets of roles that this model has layers for, each once; "all-linear" if nothing here has a role."""
     roles = {role for layer in survey(model).layers.values() for role in layer.roles}
     sets = [tuple(role for role in wanted if role in roles) for wanted in _SETS]
-    return list(dict.fromkeys(s for s, wanted in zip(sets, _SETS, strict=True) if s and (s == wanted or len(s) > 4))) or ["all-linear"]
+    return list(
+        dict.fromkeys(s for s, wanted in zip(sets, _SETS, strict=True) if s and (s == wanted or len(s) > 4))
+    ) or ["all-linear"]
 
 
 def _costs(model: nn.Module, config: LoRAConfig) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from ..targeting import Resolution, roles_of
 from . import skeleton
 from .budget import propose
 from .ledger import DeviceKernels
-from .optimizers import Factory, factory
+from .optimizers import factory
 from .result import Proposal, TrainingPlan
 from .step import Step, example, nbytes, optimizer_state, run
 
@@ -48,15 +48,15 @@ def plan(
         peak = base + adapter + optimizer state + max over the step of (activations + gradients + temporary tensors)
 
     One step (forward, backward, optimizer) runs on the device meta, with the layers that `add_lora` makes, and every
-    tensor is counted from when it is made until it is freed. Nothing is loaded, computed or allocated, so a model of any
-    size can be planned for. The batch is full, without padding. What is not counted: an allocator's fragmentation, the
-    libraries' own workspaces (cuBLAS), and what other processes hold.
+    tensor is counted from when it is made until it is freed. Nothing is loaded, computed or stored, so a model of any
+    size can be planned for. The batch is full, without padding. Not counted: an allocator's fragmentation, the
+    libraries' own workspaces (cuBLAS), and whatever else the process holds.
 
     Args:
         model_or_config: a model (with weights or on meta; it is left alone), its configuration, an id on the Hub, a
             folder, or a config.json. Of these only the configuration is read.
-        config: what to adapt: a `LoRAConfig` or a `peft.LoraConfig`; None is `LoRAConfig()`. Its `task_type` chooses the
-            head where there is no model yet.
+        config: what to adapt: a `LoRAConfig` or a `peft.LoraConfig`; None is `LoRAConfig()`. Its `task_type` chooses
+            the head where there is no model yet.
         batch: rows of a step.
         length: tokens of a row; None is 512, or what the model takes at most.
         optimizer: a name ("adamw", "sgd", "adafactor", …), an optimizer's class, or a function of the parameters.
@@ -154,7 +154,7 @@ def _skeleton(source: Any, config: LoRAConfig | None, dtype: torch.dtype | None)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
         notes.append(f"attention {attention!r} does not run without values: counted as sdpa")
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     return model, notes, own if own in ("cpu", "cuda") else "cuda"
 
 
@@ -210,7 +210,7 @@ def _step(
     if inputs is None:
         given = example(model, batch, length)
     else:
-        given = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        given = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
     try:
         return run(model, given, optimizer, device)
     except LoRAError:

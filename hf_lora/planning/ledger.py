@@ -1,4 +1,4 @@
-"""The bytes that a computation holds, read off while it runs on the device meta, where nothing is computed or allocated.
+"""The bytes that a computation holds, read off while it runs on the device meta, where nothing is computed or stored.
 
 Every storage counts from when an operator returns it until the last tensor on it is gone, as an allocator would see it.
 Kernels that a real device would choose are put in for those of meta.
@@ -38,7 +38,7 @@ class Ledger(TorchDispatchMode):
         self.phase = ""
         self.any_number = False
         self._sizes: dict[int, tuple[int, str]] = {}
-        self._answers: dict[int, bool] = {}
+        self._answers: dict[int, float] = {}
 
     def held(self, phase: str) -> int:
         """Bytes of live storages that were made in a phase."""
@@ -51,20 +51,30 @@ class Ledger(TorchDispatchMode):
         """Run the operator, and book what it returns."""
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and args[0].is_meta:
-            answer = self._answers.get(args[0].untyped_storage()._cdata, 1 if self.any_number else None)
+            answer = self._answers.get(_key(args[0]), 1 if self.any_number else None)
             if answer is not None:
                 return answer
-        out = func(*args, **(kwargs or {}))
+        if name == "_grouped_mm" and args[0].is_meta:  # experts: on meta it takes no other dtype
+            out = func(*(a.bfloat16() for a in args[:2]), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self._book(tensor)
-        if name in ("all", "any"):  # "is nothing masked?", asked before a mask is made: as for a batch without padding
-            self._answers[out.untyped_storage()._cdata] = name == "all"
+        self._answer(name, args, out)
         return out
 
+    def _answer(self, name: str, args: Any, out: Any) -> None:
+        """Remember what a mask's values come to: of "is nothing masked?" as for a batch without padding."""
+        if name in ("all", "any"):
+            self._answers[_key(out)] = name == "all"
+        elif name == "sum" and args[0].dtype == torch.bool and out.dim() == 0:
+            self._answers[_key(out)] = args[0].numel()
+        elif name == "eq" and _key(args[0]) in self._answers:
+            self._answers[_key(out)] = self._answers[_key(args[0])] == args[1]
+
     def _book(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._sizes or key in self.known:
             return
         nbytes = storage.nbytes()
@@ -76,6 +86,10 @@ class Ledger(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.live -= self._sizes.pop(key)[0]
         self._answers.pop(key, None)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class DeviceKernels(TorchFunctionMode):
@@ -138,8 +152,10 @@ def _cpu_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, gqa: bool
 ) -> str:
     """What torch chooses on the CPU: asked of it, with tensors of one row that look like the whole."""
-    like = [None if t is None else _shadow(t) for t in (query, key, value, mask)]
-    chosen = torch._fused_sdp_choice(*like, dropout, causal, enable_gqa=gqa)
+    like = None if mask is None else _shadow(mask)
+    chosen = torch._fused_sdp_choice(
+        _shadow(query), _shadow(key), _shadow(value), like, dropout, causal, enable_gqa=gqa
+    )
     return "cpu" if chosen == 1 else "math"  # 1: torch.nn.attention.SDPBackend.FLASH_ATTENTION
 
 

@@ -118,11 +118,9 @@ def size(nbytes: int | None) -> str:
     """Bytes for people, in powers of 1000."""
     if nbytes is None:
         return "unknown"
-    amount = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
+    amount, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
         if amount < 1000:
             break
-        amount /= 1000
-    else:
-        unit = "TB"
+        amount, unit = amount / 1000, larger
     return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"

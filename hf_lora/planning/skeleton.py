@@ -56,9 +56,10 @@ def read_config(source: str | os.PathLike[str], **loading: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    path = os.path.expanduser(os.fspath(source))
+    path = os.fspath(source)
+    path = os.path.expanduser(path) if path.startswith("~") else path
     try:
-        return AutoConfig.from_pretrained(path, **loading)
+        config = AutoConfig.from_pretrained(path, **loading)
     except (OSError, ValueError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LoRAConfigError(
@@ -67,6 +68,9 @@ def read_config(source: str | os.PathLike[str], **loading: Any) -> Any:
             value=os.fspath(source),
             remedy="Give a model, its config, an id on the Hub, a folder, or a config.json.",
         ) from error
+    if "gguf_file" in loading and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # a GGUF file's weights are dequantised while they are loaded
+    return config
 
 
 def from_config(config: Any, task_type: str | None, dtype: torch.dtype | None) -> tuple[Any, list[str]]:

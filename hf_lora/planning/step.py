@@ -46,7 +46,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any], optimizer: Optimizer, devic
     try:
         with DeviceKernels(device), ledger:
             loss = _loss(model(**inputs))
-            activation, lost = ledger.live - loss.nbytes, ledger.held(_LOSS) - loss.nbytes
+            activation, lost = ledger.live - loss.nbytes, max(ledger.held(_LOSS) - loss.nbytes, 0)
             loss.backward()
             del loss
             ledger.any_number = True

@@ -1,14 +1,18 @@
-"""What `hf_lora.plan` predicts beside what is then measured, on SmolLM2-135M; and a 175B shape, which nobody has to load.
+"""What `hf_lora.plan` predicts beside what is then measured, on SmolLM2-135M; and for a 175B shape.
 
     python recipes/benchmarks/planning.py [--out docs/benchmarks]
 
 Each case runs in a process of its own, with one thread: two training steps, so that the optimizer has its state, then
 
+- a third step, and the most memory that the process had in it (VmHWM), less what it had before the model came;
 - the tensors that autograd saves in a forward (saved-tensor hooks, each storage once, parameters and inputs left out);
-- a third step under torch's profiler, which sees every allocation: the most that is held beside what was there before;
-- a fourth step, and the most memory that the process had in it (VmHWM), less what it had before the model was loaded.
+- a fourth step under torch's profiler, which sees every allocation: the most that is held beside what was there.
 
-Writes planning.json and planning.md. Needs Linux, the base model of `hf-lora quickstart` and 4 GB of memory.
+The process is measured twice: with glibc's malloc as it is, which keeps and splits what was freed, and told to give every
+block of 256 kB back at once (MALLOC_MMAP_THRESHOLD_), as it is in all the other measurements.
+
+Writes planning.json and planning.md. It takes a quarter of an hour. Needs Linux, the base model of
+`hf-lora quickstart` and 4 GB of memory.
 """
 
 from __future__ import annotations
@@ -120,14 +124,14 @@ def allocated(step: Any) -> int:
     return most
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, process_only: bool) -> dict[str, Any]:
     import torch
 
     import hf_lora
     from hf_lora.quickstart import base as known
 
     torch.set_num_threads(1)
-    import transformers.models.llama.modeling_llama  # noqa: F401  # so that only the model comes after what is counted from
+    import transformers.models.llama.modeling_llama  # noqa: F401  # before what is counted from
 
     lora = hf_lora.LoRAConfig(**LORAS[case.lora])
     settle()
@@ -153,13 +157,15 @@ def measure(case: Case) -> dict[str, Any]:
 
     step()
     step()
+    settle()
+    step()
+    process = status("VmHWM") - before
+    if process_only:
+        return {"peak, process, malloc as it is": process}
     state = sum(t.nbytes for kept in optimizer.state.values() for t in kept.values())
     resident = base + sum(p.nbytes for p in trained) + state
     saved = None if case.gradient_checkpointing else saved_nbytes(model, batch)
     peak = resident + allocated(step)
-    settle()
-    step()
-    rss = status("VmHWM") - before
     with tempfile.TemporaryDirectory() as folder:
         model.save_lora(folder)
         file = (Path(folder) / "adapter_model.safetensors").stat().st_size
@@ -170,7 +176,7 @@ def measure(case: Case) -> dict[str, Any]:
         "optimizer state": state,
         "activations": saved,
         "peak": peak,
-        "peak, process": rss,
+        "peak, process": process,
     }
     predicted = {
         "trainable parameters": plan.trainable_parameters,
@@ -219,9 +225,10 @@ def measure_gpt3() -> dict[str, Any]:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def in_a_process(argument: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--case", argument]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def in_a_process(argument: str, *, process_only: bool = False) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--case", argument, *["--process-only"] * process_only]
+    environment = os.environ | ({} if process_only else {"MALLOC_MMAP_THRESHOLD_": str(2**18)})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -229,11 +236,11 @@ def markdown(data: dict[str, Any]) -> str:
     lines = [
         f"{data['date']}, {data['machine']}, one thread. Predicted ÷ measured; in brackets what was measured.",
         "",
-        "| SmolLM2-135M | activations | peak, allocations | peak, process |",
-        "|---|---|---|---|",
+        "| SmolLM2-135M | activations | peak, allocations | peak, process | peak, process, malloc as it is |",
+        "|---|---|---|---|---|",
     ]
     for row in data["rows"]:
-        cells = [cell(row, name) for name in ("activations", "peak", "peak, process")]
+        cells = [cell(row, name) for name in MEASURED]
         lines.append(f"| {row['case']} | {' | '.join(cells)} |")
     exact = ("trainable parameters", "adapter file", "base", "optimizer state")
     wrong = [f"{r['case']}: {n}" for r in data["rows"] for n in exact if r["predicted"][n] != r["measured"][n]]
@@ -241,8 +248,10 @@ def markdown(data: dict[str, Any]) -> str:
     gpt3 = data["gpt3"]
     lines += [
         "",
-        f"{GPT3} (96 layers, d 12,288) in {gpt3['seconds']} s, with a budget in {gpt3['seconds with a budget']} s; "
-        f"the process had {gpt3['process'] / 1e9:.2f} GB at most, PyTorch and transformers included:",
+        (
+            f"{GPT3} (96 layers, d 12,288) in {gpt3['seconds']} s, with a budget in {gpt3['seconds with a budget']} s; "
+            f"the process had {gpt3['process'] / 1e9:.2f} GB at most, PyTorch and transformers included:"
+        ),
         "",
         "```text",
         gpt3["plan"],
@@ -253,6 +262,7 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+MEASURED = ("activations", "peak", "peak, process", "peak, process, malloc as it is")
 EXACT = "Trainable parameters, the file's bytes, the base's and the optimizer state's were equal in every case."
 
 
@@ -270,14 +280,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder; default {OUT}")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="what to say when it was")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--process-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        found = measure_gpt3() if options.case == "gpt3" else measure(CASES[int(options.case)])
+        gpt3 = options.case == "gpt3"
+        found = measure_gpt3() if gpt3 else measure(CASES[int(options.case)], options.process_only)
         print(json.dumps(found))
         return
     rows = []
     for number, case in enumerate(CASES):
-        rows.append(in_a_process(str(number)))
+        row = in_a_process(str(number))
+        row["measured"] |= in_a_process(str(number), process_only=True)
+        row["predicted"]["peak, process, malloc as it is"] = row["predicted"]["peak"]
+        rows.append(row)
         print(case, *(f"{name}: {cell(rows[-1], name)}" for name in rows[-1]["measured"]), sep="\n  ", flush=True)
     import torch
     import transformers
