@@ -85,11 +85,12 @@ TABLE: dict[str, str] = {
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter arithmetic config errors hub optimizer pool registration training",  # the __init__
+    "hf_lora": "adapter arithmetic config errors hub optimizer planning pool registration training",  # the __init__
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
