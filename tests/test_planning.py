@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 import hf_lora
 from hf_lora import LoRAConfig, LoRAConfigError, LoRAStateError, LoRATargetError
 from hf_lora.cli import app
+from hf_lora.model import add
 from hf_lora.planning import TrainingPlan, core, plan
+from hf_lora.planning.optimizers import NAMES
 from hf_lora.planning.step import example
 
 QV = LoRAConfig(r=4, target_modules=["q", "v"])
@@ -183,7 +185,8 @@ def test_in_bfloat16_they_are_too():
     model.train().add_lora(QV)
     assert found.dtype == again.dtype == "bfloat16"
     assert found.activation_bytes == again.activation_bytes == saved_nbytes(model, real_batch(model, 3, 16))
-    assert 0 < found.loss_bytes < found.activation_bytes
+    # Of head and loss: the logarithms of the probabilities in float32, the labels moved by one, and their weight's sum.
+    assert found.loss_bytes == 3 * 16 * (64 * 4 + 8) + 4
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,20 @@ def test_the_peak_is_the_allocators(again, optimizer, make):
     assert found.trainable_bytes == found.gradient_bytes == sum(p.nbytes for p in trained)
     most, _ = allocated(step)
     assert found.peak_bytes - base - state - found.trainable_bytes == pytest.approx(most, rel=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_an_optimizers_state_is_that_of_a_real_one(name):
+    net, config = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), LoRAConfig(r=2, target_modules=["0", "1"])
+    found = plan(net, config, optimizer=name, inputs={"input": torch.zeros(2, 8)})
+    assert found.peak_bytes is not None
+    add(net, config)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = NAMES[name](trained)
+    net(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    assert found.optimizer_bytes == sum(t.nbytes for t in kept)
 
 
 def test_checkpointing_is_cheaper_and_deeper_is_dearer():
