@@ -242,9 +242,7 @@ def test_checkpointing_is_cheaper_and_deeper_is_dearer():
     assert again.activation_bytes < 0.5 * plain.activation_bytes
     assert again.peak_bytes < plain.peak_bytes
     kept = [
-        plan(
-            transformers.LlamaConfig(**{**TINY["llama"][2], "num_hidden_layers": n}), QV, length=64
-        ).activation_bytes
+        plan(transformers.LlamaConfig(**{**TINY["llama"][2], "num_hidden_layers": n}), QV, length=64).activation_bytes
         for n in (2, 3, 4)
     ]
     assert kept[2] - kept[1] == kept[1] - kept[0] > 0  # each layer keeps the same
@@ -327,6 +325,9 @@ def test_any_module_with_a_batch():
     found = plan(Net(), config, inputs=inputs)
     # The first layer's h, relu's output, the second layer's h. The sum keeps nothing.
     assert found.activation_bytes == 4 * 5 * (2 + 16 + 2)
+    assert (found.batch, found.length) == (5, 8)
+    with pytest.raises(LoRAConfigError, match="no tensor"):
+        plan(Net(), config, inputs={"say": True})
     unknown = plan(Net(), config, inputs={**inputs, "say": True})
     assert (unknown.activation_bytes, unknown.loss_bytes, unknown.peak_bytes) == (None, None, None)
     assert "needs values" in unknown.notes[0]

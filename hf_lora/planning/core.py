@@ -97,7 +97,10 @@ def plan(
         proposals = propose(model, config, budget)
         config = proposals[0].lora_config
     config = LoRAConfig() if config is None else config
-    length = _length(model, length, notes)
+    if inputs is None:
+        length = _length(model, length, notes)
+    else:
+        batch, length = _shape(inputs)
     with _quiet():
         model.train()
         if gradient_checkpointing:
@@ -156,6 +159,19 @@ def _skeleton(source: Any, config: LoRAConfig | None, dtype: torch.dtype | None)
         notes.append(f"attention {attention!r} does not run without values: counted as sdpa")
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
     return model, notes, own if own in ("cpu", "cuda") else "cuda"
+
+
+def _shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and length of a batch: the first two sizes of its first tensor."""
+    first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.dim()), None)
+    if first is None:
+        raise LoRAConfigError(
+            f"inputs={list(inputs)} holds no tensor.",
+            name="inputs",
+            value=inputs,
+            remedy='Give a batch, such as {"input_ids": ids, "labels": ids}.',
+        )
+    return first.shape[0], first.shape[1] if first.dim() > 1 else 1
 
 
 def _length(model: nn.Module, length: int | None, notes: list[str]) -> int:
