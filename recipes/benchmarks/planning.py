@@ -1,18 +1,17 @@
 """What `hf_lora.plan` predicts beside what is then measured, on SmolLM2-135M; and for a 175B shape.
 
-    python recipes/benchmarks/planning.py [--out docs/benchmarks]
+    python recipes/benchmarks/planning.py [--only 0,2,4] [--out docs/benchmarks]
 
-Each case runs in a process of its own, with one thread: two training steps, so that the optimizer has its state, then
+Each case runs in a process of its own, with one thread: a training step, so that the optimizer has its state, then
 
-- a third step, and the most memory that the process had in it (VmHWM), less what it had before the model came;
+- another step, and the most memory that the process had in it (VmHWM), less what it had before the model came;
 - the tensors that autograd saves in a forward (saved-tensor hooks, each storage once, parameters and inputs left out);
-- a fourth step under torch's profiler, which sees every allocation: the most that is held beside what was there.
+- a step under torch's profiler, which sees every allocation: the most that is held beside what was there.
 
-The process is measured twice: with glibc's malloc as it is, which keeps and splits what was freed, and told to give every
-block of 256 kB back at once (MALLOC_MMAP_THRESHOLD_), as it is in all the other measurements.
+The weights are random: what they are takes no memory. glibc's malloc, which keeps and splits what was freed, is told to
+give every block of 256 kB back at once (MALLOC_MMAP_THRESHOLD_); the first case is measured without that, too.
 
-Writes planning.json and planning.md. It takes a quarter of an hour. Needs Linux, the base model of
-`hf-lora quickstart` and 4 GB of memory.
+Writes planning.json and planning.md. Needs Linux, the config of `hf-lora quickstart`'s base, and 3 GB of memory.
 """
 
 from __future__ import annotations
@@ -128,15 +127,18 @@ def measure(case: Case, process_only: bool) -> dict[str, Any]:
     import torch
 
     import hf_lora
+    from hf_lora.planning.skeleton import read_config
     from hf_lora.quickstart import base as known
 
     torch.set_num_threads(1)
-    import transformers.models.llama.modeling_llama  # noqa: F401  # before what is counted from
+    import transformers.models.llama.modeling_llama  # before what is counted from
 
+    loading = known.find_base().loading
+    config = read_config(loading.pop("pretrained_model_name_or_path"), **loading)
     lora = hf_lora.LoRAConfig(**LORAS[case.lora])
     settle()
     before = status("VmRSS")
-    model = known.load_model(known.find_base()).to(getattr(torch, case.dtype))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
     plan = hf_lora.plan(
         model, lora, batch=case.batch, length=case.length, gradient_checkpointing=case.gradient_checkpointing
     )
@@ -155,7 +157,6 @@ def measure(case: Case, process_only: bool) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()
     step()
     settle()
     step()
@@ -267,7 +268,7 @@ EXACT = "Trainable parameters, the file's bytes, the base's and the optimizer st
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    predicted, measured = row["predicted"][name], row["measured"][name]
+    predicted, measured = row["predicted"].get(name), row["measured"].get(name)
     if not measured:
         return "–"
     ratio = predicted / measured
@@ -279,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder; default {OUT}")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="what to say when it was")
+    parser.add_argument("--only", help="cases by number, with commas; default: all, from 0 on")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--process-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -287,22 +289,31 @@ def main() -> None:
         found = measure_gpt3() if gpt3 else measure(CASES[int(options.case)], options.process_only)
         print(json.dumps(found))
         return
-    rows = []
-    for number, case in enumerate(CASES):
-        row = in_a_process(str(number))
+    numbers = map(int, options.only.split(",")) if options.only else range(len(CASES))
+    rows = [measured_row(number, CASES[number]) for number in numbers]
+    write(options.out, options.date, rows, in_a_process("gpt3"))
+
+
+def measured_row(number: int, case: Case) -> dict[str, Any]:
+    """A case's row, printed as it comes."""
+    row = in_a_process(str(number))
+    if number == 0:
         row["measured"] |= in_a_process(str(number), process_only=True)
         row["predicted"]["peak, process, malloc as it is"] = row["predicted"]["peak"]
-        rows.append(row)
-        print(case, *(f"{name}: {cell(rows[-1], name)}" for name in rows[-1]["measured"]), sep="\n  ", flush=True)
+    print(case, *(f"{name}: {cell(row, name)}" for name in row["measured"]), sep="\n  ", flush=True)
+    return row
+
+
+def write(out: Path, date: str, rows: list[dict[str, Any]], gpt3: dict[str, Any]) -> None:
     import torch
     import transformers
 
     machine = f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    data = {"date": options.date, "machine": machine, "rows": rows, "gpt3": in_a_process("gpt3")}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "planning.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (options.out / "planning.md").write_text(markdown(data), encoding="utf-8")
-    print(f"Written to {options.out}.")
+    data = {"date": date, "machine": machine, "rows": rows, "gpt3": gpt3}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "planning.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "planning.md").write_text(markdown(data), encoding="utf-8")
+    print(f"Written to {out}.")
 
 
 if __name__ == "__main__":
