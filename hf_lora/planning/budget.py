@@ -88,16 +88,19 @@ def _sets(model: nn.Module) -> list[tuple[str, ...] | str]:
 
 def _costs(model: nn.Module, config: LoRAConfig) -> tuple[int, int, int]:
     """Trainable parameters with r=1, the largest r that every layer can have, and what each further rank adds."""
-    first, second = (resolve(model, config.replace(r=r)) for r in (1, 2))
-    one, two = (
-        initial_value(model, config.replace(r=r), found).num_parameters for r, found in ((1, first), (2, second))
-    )
+    first = resolve(model, config.replace(r=1))
+    one = initial_value(model, config.replace(r=1), first).num_parameters
+    try:
+        second = resolve(model, config.replace(r=2))
+    except LoRAConfigError:  # a layer of one row
+        return one, 1, 1
+    two = initial_value(model, config.replace(r=2), second).num_parameters
     return one, _largest(first, second), max(two - one, 1)
 
 
 def _largest(first: Resolution, second: Resolution) -> int:
     sizes = [
-        min(target.info.max_rank, *(sum(map(len, rows)) for _, rows in target.blocks), target.info.max_rank)
+        min([target.info.max_rank, *(sum(map(len, rows)) for _, rows in target.blocks)])
         for target, other in zip(first.targets, second.targets, strict=True)
         if target.rank != other.rank  # not one that rank_pattern sets
     ]
