@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .hub import list_adapters
     from .importers import extract_lora
     from .optimizer import optimizer_groups
+    from .planning import plan
     from .pool import LoRAPool
     from .training import LoRACallback
 
@@ -57,6 +58,7 @@ __all__ = [
     "extract_lora",
     "list_adapters",
     "optimizer_groups",
+    "plan",
     "register",
     "unregister",
 ]
@@ -73,6 +75,7 @@ _LATER = {
     "extract_lora": "importers",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
+    "plan": "planning",
 }
 
 # Rooms that are reached as `hf_lora.<room>.…`, imported at their first use.

@@ -289,6 +289,21 @@ def _unpacks_larger(file: BinaryIO) -> bool:
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: largest element first, then by name, so that every tensor is aligned."""
+    order, start, _ = _layout(tensors, metadata)
+    file.write(start)
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
+
+
+def written_nbytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_tensors` would write; the tensors may be on meta."""
+    _, start, size = _layout(tensors, metadata)
+    return len(start) + size
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:
+    """The order of the tensors, what stands before them, and the bytes that they take."""
     unknown = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in _NAMES})
     if unknown:
         raise LoRAFileError(f"Tensors of {', '.join(unknown)} cannot be saved.", value=unknown)
@@ -301,10 +316,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
+    return order, len(text).to_bytes(8, "little") + text, end
 
 
 def fsync_directory(path: Path) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "read_adapter",
     "read_config",
     "to_state_dict",
+    "weights_nbytes",
     "write_adapter",
 ]
 
@@ -207,18 +208,7 @@ def write_adapter(value: AdapterValue, directory: str | os.PathLike[str]) -> Pat
         LoRAFileError: the files cannot be written (permission, full disk); the old ones are as before.
     """
     folder = Path(directory)
-    config = layout.disk_config(value)
-    text = (json.dumps(config.to_peft(), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    config = LoRAConfig.from_peft(json.loads(text))  # sort_keys may reorder patterns; what counts is what is read back
-    metadata = {
-        "format": "pt",
-        _DIGEST: _digest(config),
-        _FILE_DIGEST: hashlib.sha256(text).hexdigest(),
-    }
-    blocks = layout.blocks_json(value)
-    if blocks is not None:
-        metadata[_BLOCKS] = blocks
-    tensors = to_state_dict(value)
+    text, tensors, metadata = _contents(value)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -235,6 +225,28 @@ def write_adapter(value: AdapterValue, directory: str | os.PathLike[str]) -> Pat
             remedy="Free some space or choose a folder that you may write to; what was there is unchanged.",
         ) from error
     return folder
+
+
+def weights_nbytes(value: AdapterValue) -> int:
+    """Bytes of the adapter_model.safetensors that `write_adapter` would write; the factors may be on meta."""
+    _, tensors, metadata = _contents(value)
+    return safefile.written_nbytes(tensors, metadata)
+
+
+def _contents(value: AdapterValue) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
+    """The text of the config, and tensors and metadata of the weights."""
+    config = layout.disk_config(value)
+    text = (json.dumps(config.to_peft(), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    config = LoRAConfig.from_peft(json.loads(text))  # sort_keys may reorder patterns; what counts is what is read back
+    metadata = {
+        "format": "pt",
+        _DIGEST: _digest(config),
+        _FILE_DIGEST: hashlib.sha256(text).hexdigest(),
+    }
+    blocks = layout.blocks_json(value)
+    if blocks is not None:
+        metadata[_BLOCKS] = blocks
+    return text, to_state_dict(value), metadata
 
 
 def _replace_pair(folder: Path, text: bytes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -87,11 +87,12 @@ TABLE: dict[str, str] = {
     "export": "bases config errors exact fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model spectrum values weights",  # noqa: E501
+    "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers optimizer pool registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers optimizer planning pool registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",

@@ -9,6 +9,7 @@ from . import (  # noqa: F401  # importing a command's file adds it to the app
     info,
     list,  # noqa: A004  # the command's own name
     merge,
+    plan,
     pull,
     push,
     quickstart,
