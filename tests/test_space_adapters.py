@@ -25,13 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES, ADAPTERS = ROOT / "recipes" / "space", ROOT / "spaces_demo" / "adapters"
 PAGE = ROOT / "docs" / "pages" / "space-adapters.md"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TASKS = ("restaurants", "sentiment", "docstrings")  # grammar has a recipe, and no adapter that beats trivial answers
+TASKS = ("restaurants", "sentiment", "grammar", "docstrings")
 # the form's placeholder -> the recipe's column
 COLUMNS = {"restaurants": ("attributes", "mr"), "docstrings": ("code", "code")}
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "task.yaml"}
 HELD = {
     "restaurants": ["e2e/testset_w_refs.csv"],
     "sentiment": ["sst2/stsa.binary.dev"],
+    "grammar": ["cola/in_domain_dev.tsv", "cola/out_of_domain_dev.tsv"],
 }
 
 task = pytest.mark.parametrize("name", TASKS)
@@ -66,7 +67,7 @@ def skeleton() -> Any:
 # ---- the adapters ----------------------------------------------------------------------------------------------------
 
 
-def test_the_tasks_are_there_and_nothing_else() -> None:
+def test_the_four_tasks_are_there_and_nothing_else() -> None:
     assert {path.name for path in ADAPTERS.iterdir()} == set(TASKS)
     for name in TASKS:
         assert {path.name for path in (ADAPTERS / name).iterdir()} == FILES

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import LoRAError
 from ..pool import LoRAPool
-from ..serve.engine import cut, left_padded
+from ..serve.engine import cut, keep_head_fast, left_padded
 from .settings import Settings
 
 __all__ = ["BatchFacts", "Engine", "Event", "Row"]
@@ -75,6 +75,7 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, places: dict[str, Path], settings: Settings) -> None:
         self.model, self.tokenizer, self.places, self.settings = model.eval(), tokenizer, places, settings
+        keep_head_fast(model)
         eos = model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)

@@ -16,7 +16,7 @@ from .answers import Completion
 from .requests import Ask
 from .settings import Base, Settings
 
-__all__ = ["Engine", "Row", "cut", "groups", "left_padded"]
+__all__ = ["Engine", "Row", "cut", "groups", "keep_head_fast", "left_padded"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         model, self.tokenizer = _load(settings.base)
         self.model, self.settings = model.eval(), settings
+        keep_head_fast(model)
         config = model.config
         if config.is_encoder_decoder:
             raise LoRAUnsupportedError(
@@ -130,6 +131,17 @@ class Engine:
         """Close the pool, once no batch runs."""
         with self._one:
             self.pool.close()
+
+
+def keep_head_fast(model: Any) -> None:
+    """Give the head what it multiplies in one piece.
+
+    A prefill takes each row's last position, which is a strided view. With a frozen weight torch multiplies such a view
+    row by row: for 32 rows and 49,152 tokens 11 times slower in float32 on a CPU, 400 times in bfloat16.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]) if inputs else None)
 
 
 def cut(new: Sequence[int], max_tokens: int, eos: frozenset[int]) -> tuple[list[int], str]:

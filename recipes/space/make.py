@@ -1,6 +1,6 @@
 """Train the adapters that the Space ships, and write spaces_demo/adapters/<task>/.
 
-    python recipes/space/make.py --data FOLDER                      # all of them, about 40 minutes on two cores
+    python recipes/space/make.py --data FOLDER                      # all four, about 40 minutes on two cores
     python recipes/space/make.py --data FOLDER --only sentiment
     python recipes/space/make.py --only docstrings --steps 20       # a smoke run; docstrings needs no --data
 
