@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hf_lora.demo import launch_options, make, make_demo
 
-demo = make(make_demo(None, Path(__file__).parent / "adapters"), title='One base model, tasks switched live')
+demo = make(make_demo(None, Path(__file__).parent / "adapters"), title="One base model, tasks switched live")
 
 if __name__ == "__main__":
     demo.launch(**launch_options())

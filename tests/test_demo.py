@@ -418,6 +418,18 @@ def test_one_mixture_a_batch_and_an_action_is_never_split(held):
     assert all(len({isinstance(row.which, tuple) for row in batch}) == 1 for batch in here.batches)
 
 
+def test_long_prompts_are_not_padded_into_a_batch_of_short_ones(held):
+    here = held()
+    first = here.submit("a")
+    here.until(lambda: first.state == "running")
+    tickets = [
+        here.dispatcher.submit(visitor, [Row((1,) * length, None, 3)])
+        for visitor, length in zip("bcdefg", (20, 900, 30, 800, 25, 40), strict=True)
+    ]
+    here.run_all(*tickets)
+    assert [sorted(len(row.ids) for row in batch) for batch in here.batches] == [[1], [20, 25, 30, 40], [800, 900]]
+
+
 def test_limits_are_said(held):
     here = held(batch_rows=2, device_slots=2, queue=3, per_visitor=2)
     first = here.submit("a")

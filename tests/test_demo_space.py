@@ -53,7 +53,7 @@ def test_metadata_and_files(adapters):
         title,
     )
     assert len(front["short_description"]) <= 60
-    assert f"title={title!r})" in files["app.py"].decode()
+    assert f"title={json.dumps(title)})" in files["app.py"].decode()
     compile(files["app.py"], "app.py", "exec")
     assert front["sdk_version"] in (ROOT / "constraints.txt").read_text()
     names = requirements()

@@ -433,3 +433,17 @@ def ray_knows_who_has_which_adapter(client: Client, adapters: Path) -> None:
         for name in names:
             at[name].append(client.post({"model": name, "prompt": "w3", "max_tokens": 1})[1]["batch"]["replica"])
     assert {name: len(set(replicas)) for name, replicas in at.items()} == dict.fromkeys(names, 1)
+
+
+def test_the_head_is_given_one_piece(tiny):
+    """A strided view, which a prefill gives it, is what torch multiplies row by row with a frozen weight."""
+    from hf_lora.serve.engine import keep_head_fast
+
+    model, seen = tiny("llama"), []
+    keep_head_fast(model)
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    ids = torch.randint(3, 60, (3, 5))
+    with torch.no_grad():
+        last = model(ids, logits_to_keep=1).logits
+        assert torch.allclose(last, model(ids).logits[:, -1:], atol=1e-5)
+    assert seen == [True, True]

@@ -92,7 +92,7 @@ def test_an_adapter_fits_the_base_and_its_recipe(name: str, skeleton: Any) -> No
     assert not value.modules
     assert made_by.base.model == value.config.base_model == BASE
     assert value.config.task_type == "CAUSAL_LM"
-    assert (ADAPTERS / name / "adapter_model.safetensors").stat().st_size < 4 * 2**20
+    assert (ADAPTERS / name / "adapter_model.safetensors").stat().st_size < 6 * 2**20
 
 
 @task

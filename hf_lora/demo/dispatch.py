@@ -1,7 +1,8 @@
 """What visitors ask for becomes batches: fair among visitors, bounded, each action with its time, each can be stopped.
 
 An action (`Ticket`) has one or more rows, which run in the same batch. While one batch runs others gather; the next
-takes one action of each visitor in turn until it is full. A failure, a stop or a time-out is of one action alone.
+takes one action of each visitor in turn until it is full; a prompt much longer or shorter than the others waits for the
+one after. A failure, a stop or a time-out is of one action alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .problems import DemoError, said
 from .settings import Settings
 
 __all__ = ["Dispatcher", "Ticket"]
+
+_PADDING = 256  # tokens of padding that a batch may have beyond half as many as its prompts have
 
 Stream = Callable[[Sequence[Row], Callable[[int], bool] | None], Iterator[Event]]
 
@@ -171,7 +174,6 @@ class Dispatcher:
     def _next(self) -> list[Ticket]:
         """One action of each visitor in turn, as long as they fit and agree. What is late is told so."""
         batch: list[Ticket] = []
-        rows = 0
         with self._lock:
             now = time.monotonic()
             for own in list(self._waiting.values()):
@@ -182,7 +184,7 @@ class Dispatcher:
                 visitor = next(v for v in self._waiting if v not in passed)
                 own = self._waiting[visitor]
                 ticket = own[0]
-                if rows + len(ticket.rows) > self.settings.batch_rows or (batch and ticket.mixture != batch[0].mixture):
+                if batch and not self._joins(ticket, batch):
                     passed.add(visitor)
                     continue
                 own.popleft()
@@ -192,9 +194,16 @@ class Dispatcher:
                     del self._waiting[visitor]
                 ticket.state, ticket.begun = "running", now
                 batch.append(ticket)
-                rows += len(ticket.rows)
             self._running = batch
         return batch
+
+    def _joins(self, ticket: Ticket, batch: Sequence[Ticket]) -> bool:
+        """Whether it fits, agrees, and does not make the others' prompts mostly padding."""
+        rows = [row for each in (*batch, ticket) for row in each.rows]
+        if len(rows) > self.settings.batch_rows or ticket.mixture != batch[0].mixture:
+            return False
+        lengths = [len(row.ids) for row in rows]
+        return max(lengths) * len(lengths) <= 1.5 * sum(lengths) + _PADDING
 
     def _run(self, batch: list[Ticket]) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from hf_lora.demo import launch_options, make, make_demo
 
-demo = make(make_demo(None, Path(__file__).parent / "adapters"), title={title!r})
+demo = make(make_demo(None, Path(__file__).parent / "adapters"), title={title})
 
 if __name__ == "__main__":
     demo.launch(**launch_options())
@@ -62,7 +63,7 @@ _SUFFIXES = (".py", ".css", ".typed")
 
 def app(title: str = TITLE) -> str:
     """The Space's app.py."""
-    return _APP.format(title=title)
+    return _APP.format(title=json.dumps(title))
 
 
 def requirements() -> str:
