@@ -143,7 +143,7 @@ def test_what_computes_something_else_is_not_timed(
     name = {"by hand": "by_hand", "PEFT": "theirs"}[wrong]
     right = getattr(parts.subjects, name)
     monkeypatch.setattr(parts.subjects, name, lambda model, folders, *rest: right(model, folders[::-1], *rest))
-    monkeypatch.setattr(parts.measure, "_timed", lambda competitor: pytest.fail(f"{competitor.name} was timed"))
+    monkeypatch.setattr(parts.measure, "_timed", lambda competitor, clock: pytest.fail(f"{competitor.name} was timed"))
     with torch.no_grad(), pytest.raises(SystemExit, match=r"does not compute what it should"):
         parts.rows.measure_rows(tmp_path, parts.sizes.SMOKE)
 
