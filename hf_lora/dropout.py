@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["add_kept", "draw_seed", "dropout", "dropout_reference", "dropped", "seedable", "zeroed"]
 
 _SPARSE = 0.25  # probability up to which gaps are cheaper than bits
+_SEEDED = ("cpu", "cuda", "mps", "xpu")  # devices that torch.Generator is known for
 
 
 def draw_seed() -> int:
@@ -26,10 +27,10 @@ def draw_seed() -> int:
 
 
 def seedable(x: Tensor) -> bool:
-    """Whether x is a tensor with numbers in it: not on meta, not traced, not under vmap or forward-mode derivatives."""
+    """Whether x has numbers, on a known device: not on meta, not traced, no vmap and no forward-mode derivative."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_meta
+        and x.device.type in _SEEDED
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0

@@ -64,9 +64,7 @@ def main() -> None:
     }
     data = report.as_json(found, facts)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training.json").write_text(
-        json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (options.out / "training.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (options.out / "training.md").write_text(report.as_markdown(data, sections.TITLES), encoding="utf-8")
     figure.draw(data, options.out)
     print(f"Written to {options.out}.")
