@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class LoRALinear(Swapped):
         slots: Any = self._modules.get("lora_slots")  # nn.Module's own attribute look-up takes longer
         if slots is None:  # another thread gave the class back after this forward had been looked up
             return self.forward(input, *args, **kwargs)
+        if slots.fresh and not args and not kwargs:
+            output = slots.fused(input, self)
+            if output is not None:
+                return cast(Tensor, output)
         return slots.add(input, slots.base.forward(self, input, *args, **kwargs), self)  # super() may be gone by now
 
 

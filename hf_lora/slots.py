@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, fused
 from .banks import LoRABanks, Slot, block_index
 from .routing import rows_of, unflattened
 from .rowmaps import inner_rows, picked
@@ -63,6 +63,33 @@ class LoRASlots(LoRABanks):
             if slot is not None:
                 output = self._add_one(x, output, base, entry.slot, slot, weight)
         return output
+
+    def fused(self, x: Tensor, base: nn.Module) -> Tensor | None:
+        """The output of a dense base + what the active adapters add to it, where one operation does both.
+
+        That is where one adapter is active here, and trainable, and the base is frozen and of x's dtype. Whether
+        autograd records makes no difference, so that a checkpointed region draws what its recompute draws.
+        """
+        if tracing():
+            return None
+        found: tuple[int, Slot, float] | None = None
+        for entry, weight in self.state.current.mixture:
+            slot = self.slots.get(entry.check().slot)
+            if slot is not None:
+                if found is not None or not slot.trainable or not slot.rank or slot.bias:
+                    return None
+                found = entry.slot, slot, weight
+        if found is None:
+            return None
+        own: Tensor = base.weight  # type: ignore[assignment]
+        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        if not fused.fits(x, own, bias):
+            return None
+        index, slot, weight = found
+        factors = self.dense(index)
+        assert factors is not None
+        dropout = slot.dropout if self.training else 0.0
+        return VARIANTS[slot.variant].whole(x, own, bias, *factors, slot.scaling * weight, dropout=dropout)
 
     def _add_one(
         self, x: Tensor, output: Tensor, base: nn.Module, index: int, slot: Slot, weight: float | Tensor

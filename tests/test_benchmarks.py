@@ -144,7 +144,7 @@ def test_what_computes_something_else_is_not_timed(
     name = {"by hand": "by_hand", "PEFT": "theirs"}[wrong]
     right = getattr(parts.subjects, name)
     monkeypatch.setattr(parts.subjects, name, lambda model, folders, *rest: right(model, folders[::-1], *rest))
-    monkeypatch.setattr(parts.measure, "_timed", lambda competitor: pytest.fail(f"{competitor.name} was timed"))
+    monkeypatch.setattr(parts.measure, "_timed", lambda competitor, clock: pytest.fail(f"{competitor.name} was timed"))
     with torch.no_grad(), pytest.raises(SystemExit, match=r"does not compute what it should"):
         parts.rows.measure_rows(tmp_path, parts.sizes.SMOKE)
 
@@ -284,3 +284,43 @@ def test_the_gpu_script_runs_small_on_a_cpu(peft: Any, monkeypatch: pytest.Monke
     text = gpu.as_markdown(found, options)
     assert text.count("\n| ") == 4
     assert "1.00" in text
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+TITLES = ("time", "parts", "saved")
+STEPS = ("q, v r=8", "all-linear r=16", "all-linear r=16, dropout 0.05")
+TRAINED = {
+    *("the limit", "full fine-tuning"),
+    *(f"{who}, {step}" for who in ("hf_lora", "PEFT") for step in STEPS),
+    *(f"hf_lora, {step}, generic path" for step in STEPS[1:]),
+}
+SAVED = {"the frozen base", f"hf_lora, {STEPS[2]}, generic path", *(f"{w}, {s}" for w in BOTH for s in STEPS)}
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_training_benchmark(peft: Any, tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "training.py"), "--smoke", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    names = {key: [{who["who"] for who in case["competitors"]} for case in data["sections"][key]] for key in TITLES}
+    assert names["time"] == [TRAINED] * 2
+    assert names["saved"] == [SAVED] * 2
+    assert len(names["parts"]) == 3
+    assert all(who["checked"]["equal"] for _, who in outcomes(data))
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_the_published_training_table_is_of_the_published_samples(parts: Any) -> None:
+    from training_parts import sections
+
+    data = json.loads((PUBLISHED / "training.json").read_text(encoding="utf-8"))
+    assert tuple(data["sections"]) == TITLES == tuple(sections.TITLES)
+    assert data["smoke"] is False
+    assert all(who["checked"]["equal"] for _, who in outcomes(data))
+    assert (PUBLISHED / "training.md").read_text(encoding="utf-8") == parts.report.as_markdown(data, sections.TITLES)
+    page = (ROOT / "docs" / "pages" / "training-cost.md").read_text(encoding="utf-8")
+    assert '--8<-- "training.md"' in page
+    assert "benchmarks/training.png" in page

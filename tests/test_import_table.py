@@ -25,6 +25,8 @@ TABLE: dict[str, str] = {
     "config": "errors fields patterns",
     # mathematics and state
     "functional": "",
+    "dropout": "",
+    "fused": "dropout",
     "sharding": "errors",
     "state": "errors",
     "routing": "errors state",
@@ -42,9 +44,9 @@ TABLE: dict[str, str] = {
     "weights": "errors sharding",
     "exact": "errors",
     "workers": "exact",
-    "variants": "errors functional weights",
+    "variants": "dropout errors functional fused weights",
     "banks": "functional state",
-    "slots": "banks functional routing rowmaps state variants",
+    "slots": "banks functional fused routing rowmaps state variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",

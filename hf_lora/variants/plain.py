@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
+from .. import functional, fused
+from ..dropout import dropout as dropped_out
 
 __all__ = ["Plain"]
 
@@ -26,8 +26,14 @@ class Plain:
         """
         if kind == "embedding":
             return functional.embed_low_rank(x, A, B, padding_idx)
-        return functional.low_rank(F.dropout(x, dropout) if dropout else x, A, B)
+        return functional.low_rank(dropped_out(x, dropout) if dropout else x, A, B)
 
     def add(self, output: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, *, in_place: bool) -> Tensor:
         """`output` + weight · what the pair adds, fused. A: (R, in). B: (R, out), scaled. All of one dtype."""
         return functional.add_low_rank(output, x, A, B, weight, in_place=in_place)
+
+    def whole(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, *, dropout: float
+    ) -> Tensor:
+        """A frozen dense layer's output and what the pair adds to it, fused. A: (R, in). B: (out, R), unscaled."""
+        return fused.lora_linear(x, weight, bias, A, B, scale, p=dropout)

@@ -128,6 +128,7 @@ def in_turn(
     rivals: Mapping[str, str] | None = None,
     warmup: int = 2,
     per: Callable[[float], float] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Case:
     """Time the competitors round by round.
 
@@ -138,6 +139,7 @@ def in_turn(
         reference: whose time the others' are divided by.
         warmup: rounds that are not counted.
         per: what a sample is, of the seconds it took (tokens per second, say).
+        clock: seconds; default `time.perf_counter`.
     """
     for competitor in competitors:
         check = checks.get(competitor.name)
@@ -152,7 +154,7 @@ def in_turn(
                 continue
             if i < -1 and competitor.every > 1:  # the slow ones warm up once
                 continue
-            seconds = _timed(competitor)
+            seconds = _timed(competitor, clock or time.perf_counter)
             if i >= 0:
                 samples[competitor.name][i] = per(seconds) if per else seconds * _UNITS[unit]
     goals, rivals = goals or {}, rivals or {}
@@ -162,14 +164,14 @@ def in_turn(
     return Case(name, unit, reference, outcomes)
 
 
-def _timed(competitor: Competitor) -> float:
+def _timed(competitor: Competitor, clock: Callable[[], float]) -> float:
     competitor.before()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(competitor.inner):
             competitor.run()
-        return (time.perf_counter() - start) / competitor.inner
+        return (clock() - start) / competitor.inner
     finally:
         gc.enable()
         competitor.after()

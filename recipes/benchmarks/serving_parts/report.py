@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def _long(cases: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def as_markdown(data: dict[str, Any]) -> str:
+def as_markdown(data: dict[str, Any], titles: Mapping[str, str] = SECTIONS) -> str:
     """The goals, then a table for each section."""
     facts, versions = data["machine"], data["machine"]["versions"]
     busy = facts["load_before"] > 0.25 * facts["cores"]
@@ -212,7 +212,7 @@ def as_markdown(data: dict[str, Any]) -> str:
         lines += [f"**The machine was busy when this began ({load}): do not rely on the times.**", ""]
     lines += ["### Goals", "", *_goals(data), ""]
     for key, cases in data["sections"].items():
-        lines += [f"### {SECTIONS[key]}", ""]
+        lines += [f"### {titles[key]}", ""]
         for note in [note for case in cases for note in case["notes"]]:
             lines += [note, ""]
         lines += [*(_wide(cases) if key == "profile" else _long(cases)), ""]
@@ -222,14 +222,14 @@ def as_markdown(data: dict[str, Any]) -> str:
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
 
-def show(key: str, cases: list[Case], seconds: float) -> None:
+def show(key: str, cases: list[Case], seconds: float, titles: Mapping[str, str] = SECTIONS) -> None:
     """A section, as soon as it is there."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     data = as_json({key: cases}, {})["sections"][key]
-    table = Table(title=f"{SECTIONS[key]} ({seconds:.0f} s)", title_justify="left")
+    table = Table(title=f"{titles[key]} ({seconds:.0f} s)", title_justify="left")
     for name in _HEAD:
         table.add_column(name, overflow="fold", justify="left" if name in ("case", "who", "checked") else "right")
     for case in data:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 __all__ = [
     "ALL",
     "DEEP",
+    "QV",
     "ROWS",
     "SMOLLM2",
+    "TINY",
     "ByHand",
     "adapters",
     "by_hand",

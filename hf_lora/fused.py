@@ -1,0 +1,178 @@
+"""A dense layer and its adapter as one operation of autograd.
+
+    y  = x W^T + b + s · (D x A^T) B^T              D: dropout's mask / (1 − p)
+    dx = g W + s · D (g B) A        dA = s · (g B)^T (D x)        dB = s · g^T (D x A^T)
+
+The second product of each sum adds into the first one's result, so nothing of the layer's width is made that the frozen
+layer does not make itself, and the gradient reaches x in one piece. For the backward it keeps x itself (layers that
+share an input share it), h = D x A^T of the rank's width, and no mask. W is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dropout import add_kept, draw_seed, dropout_reference, dropped, seedable, zeroed
+
+__all__ = ["fits", "lora_linear", "lora_linear_reference"]
+
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `lora_linear` is for them: plain tensors of one dtype, the layer frozen, no autocast, no tracing."""
+    return (
+        x.dtype == weight.dtype
+        and type(weight) in (Tensor, nn.Parameter)
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and seedable(x)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        seed: int,
+        keep: bool,
+    ) -> Tensor:
+        output = F.linear(x, weight, bias)
+        inner = x if not p else zeroed(x, dropped(x, p, seed))
+        h = _narrow(A, inner)
+        output.view(-1, weight.shape[0]).addmm_(h.t(), _scaled(B, scale, x.dtype).t())
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        again = need_B and not keep
+        ctx.save_for_backward(
+            x if need_A or again else None,
+            weight if need_x else None,
+            A if need_x or need_A or again else None,
+            B,
+            h if need_B and keep else None,
+        )
+        ctx.scale, ctx.p, ctx.seed, ctx.shape, ctx.dtypes = scale, p, seed, x.shape, (A.dtype, B.dtype)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable(ctx, grad)
+        x, weight, A, B, h = ctx.saved_tensors
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        g = _rows(grad)
+        where = dx = dA = dB = None
+        inner: Any = None
+        if ctx.p and (need_x or x is not None):
+            where = dropped(grad.new_empty(()).expand(ctx.shape), ctx.p, ctx.seed)
+        if x is not None:
+            inner = x if where is None else zeroed(x, where)
+        if need_x or need_A:
+            gB = torch.mm(_scaled(B, ctx.scale, g.dtype).t(), g.t())  # (R, M)
+            if need_A:
+                dA = torch.mm(gB, _rows(inner)).to(ctx.dtypes[0])
+            if need_x:
+                dx, narrow = torch.mm(g, weight), A.to(g.dtype)
+                dx = dx.addmm_(gB.t(), narrow) if where is None else add_kept(dx, gB.t(), narrow, where)
+                dx = dx.view(ctx.shape)
+        if need_B:
+            dB = torch.mm(_narrow(A, inner) if h is None else h, g).t().to(ctx.dtypes[1])
+            dB = dB if ctx.scale == 1 else dB.mul_(ctx.scale)
+        return dx, None, None, dA, dB, None, None, None, None
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients by operations that autograd follows, for a second derivative."""
+    x, weight, A, B, h = ctx.saved_tensors
+    need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+    if need_B and need_x and x is None:
+        raise NotImplementedError("A second derivative where A is frozen: nothing of x was kept for it.")
+    dtype, kept = grad.dtype, torch.ones((), dtype=grad.dtype, device=grad.device)
+    if ctx.p:
+        kept = dropout_reference(grad.new_ones(ctx.shape), ctx.p, ctx.seed).ne_(0)
+    inner: Any = None if x is None else x * kept
+    gB = F.linear(grad, _scaled(B, ctx.scale, dtype).t())  # (..., R)
+    dx = dA = dB = None
+    if need_x:
+        dx = torch.matmul(grad, weight) + torch.matmul(gB, A.to(dtype)) * kept
+    if need_A:
+        dA = torch.mm(_rows(gB).t(), _rows(inner)).to(ctx.dtypes[0])
+    if need_B:
+        narrow = h if inner is None else _narrow(A, inner)  # (R, M)
+        dB = ctx.scale * torch.mm(narrow, _rows(grad)).t().to(ctx.dtypes[1])
+    return dx, None, None, dA, dB, None, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _narrow(A: Tensor, x: Tensor) -> Tensor:
+    """(x A^T)^T, (R, M): a wide product is faster than a tall one."""
+    return torch.mm(A.to(x.dtype), _rows(x).t())
+
+
+def _scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (B if scale == 1 else B * scale).to(dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    *,
+    p: float = 0.0,
+    seed: int | None = None,
+    keep: bool = True,
+) -> Tensor:
+    """A frozen dense layer and a pair, x W^T + b + scale · (dropout(x) A^T) B^T, with gradients of x, A and B.
+
+    With a B of zero the output is the layer's, bit for bit.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), in x's dtype, frozen. bias: (out,), frozen.
+        A: (R, in). B: (out, R). In any dtype: they are cast, x is not; their gradients come in their own.
+        scale: a number.
+        p: dropout's probability, 0 ≤ p < 1.
+        seed: of the mask; None draws one from torch's default generator.
+        keep: hold h (R numbers a row) for the backward; otherwise it is computed again.
+
+    Returns:
+        (..., out).
+    """
+    if p and seed is None:
+        seed = draw_seed()
+    output: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale / (1 - p), p, seed, keep)
+    return output
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    *,
+    p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """What `lora_linear` computes, with autograd's own operations."""
+    inner = x if not p or seed is None else dropout_reference(x, p, seed)
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(inner, A.to(x.dtype)), B.to(x.dtype))
