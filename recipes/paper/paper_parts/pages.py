@@ -1,0 +1,102 @@
+"""The page of an experiment: what it is, its table, what the paper found, what was found here, on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .metrics import METRICS
+from .statistics import Difference
+
+__all__ = ["figure", "page", "table"]
+
+
+def page(experiment: Mapping[str, Any], results: Mapping[str, Any], figure_file: str | None) -> str:
+    """Markdown."""
+    parts = [f"# {experiment['title']}", experiment.get("question", ""), f"```bash\n{results['command']}\n```"]
+    if figure_file:
+        parts.append(f"![{experiment['title']}]({figure_file})")
+    parts.append(_TABLES[results["kind"]](results))
+    parts.append(f"## What the paper found\n\n{experiment['paper'].strip()}")
+    if found := experiment.get("found", {}).get(results["profile"]):
+        parts.append(f"## What was found here\n\n{found.strip()}")
+    if headline := (_headline(results) if experiment.get("headline") else ""):
+        parts.append(headline)
+    parts.append(f"## On what\n\n{_setting(results)}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figure(experiment: Mapping[str, Any], results: Mapping[str, Any], path: Path) -> bool:
+    """Draw it, if the experiment has a figure."""
+    return False
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Systems in rows; a column for each column's headline metric, or for all metrics where there is one column."""
+    columns = results["columns"]
+    several = len(columns) == 1 and len(columns[0]["metrics"]) > 2
+    shown = [(0, name) for name in columns[0]["metrics"]] if several else [(c, col["metrics"][0]) for c, col in enumerate(columns)]
+    titles = [METRICS[name][0] if several else f"{columns[c]['name']} ({METRICS[name][0]})" for c, name in shown]
+    lines = ["| system | trainable | share | " + " | ".join(titles) + " | seeds |", "|---|--:|--:|" + "--:|" * (len(shown) + 1)]
+    for row in results["rows"]:
+        if all(entry is None for entry in row["columns"]):
+            continue
+        cells = [_number(row["columns"][c], name) for c, name in shown]
+        seeds = sorted({entry["seeds"] for entry in row["columns"] if entry})
+        share = "" if row["method"] == "few-shot" else f"{100 * row['share']:.2f} %"
+        counted = f"{row['trainable']:,}" + (f" + {row['head']:,}" if row["head"] else "")
+        lines.append(f"| {row['system']} | {counted} | {share} | {' | '.join(cells)} | {'–'.join(map(str, seeds))} |")
+    best = [f"{results['trivial'][c]['metrics'][name]:.2f} ({results['trivial'][c]['name']})" for c, name in shown]
+    lines.append(f"| *no model* | 0 | | {' | '.join(best)} | |")
+    return "\n".join(lines)
+
+
+def _number(entry: Mapping[str, Any] | None, name: str) -> str:
+    if entry is None:
+        return ""
+    of = entry["metrics"][name]
+    digits = 2 if name in ("nist", "cider") else 1
+    return f"{of['mean']:.{digits}f}" + ("" if of["deviation"] is None else f" ± {of['deviation']:.{digits}f}")
+
+
+def _headline(results: Mapping[str, Any]) -> str:
+    """LoRA against full fine-tuning and against what needs no model, with paired errors."""
+    row = next((row for row in results["rows"] if row["method"] == "lora"), None)
+    if row is None:
+        return ""
+    lines = [
+        "## LoRA against full fine-tuning, and against no model",
+        "",
+        "Differences with the interval that holds 95 % of a paired bootstrap over examples and seeds.",
+        "",
+        "| task | metric | LoRA − FT | within noise | LoRA − no model |",
+        "|---|---|--:|---|--:|",
+    ]
+    for column, entry in zip(results["columns"], row["columns"], strict=True):
+        if entry is None or "against FT" not in entry:
+            continue
+        ft, none = entry["against FT"], entry["above trivial"]
+        noise = "yes" if ft["noise"] else ("no, better" if ft["mean"] > 0 else "no, worse")
+        lines.append(f"| {column['name']} | {METRICS[ft['metric']][0]} | {_interval(ft)} | {noise} | {_interval(none)} |")
+    return "\n".join(lines)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return str(Difference(found["mean"], found["low"], found["high"]))
+
+
+def _setting(results: Mapping[str, Any]) -> str:
+    if "columns" not in results:
+        return str(results.get("setting", ""))
+    lines = [
+        f"- {col['name']}: {col['base']}, {col['train']:,} training examples, measured on {col['eval']:,}."
+        for col in results["columns"]
+    ]
+    return "\n".join([*lines, "- The second number of “trainable” is the new head of the classification."])
+
+
+_TABLES = {"grid": table}
