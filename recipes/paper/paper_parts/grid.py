@@ -119,7 +119,7 @@ class Grid:
             settings |= {"base": data.found.name, "training": recipe.to_dict().get("training", {})}
             settings["size"] = {k: cell.system[k] for k in ("bottleneck", "dropped", "tokens") if k in cell.system}
             if cell.system["method"].startswith("lora"):
-                settings["lora"] = recipe.lora.to_dict() if hasattr(recipe.lora, "to_dict") else repr(recipe.lora)
+                settings["lora"] = recipe.to_dict().get("lora", {})
         else:
             settings["shots"] = dict(self.profile.get("few_shot", {}))
         if data.task.kind == "text":
@@ -179,8 +179,9 @@ class Grid:
                 if not (records := runs[s, c]):
                     row["columns"].append(None)
                     continue
-                row |= {key: records[0][key] for key in ("trainable", "head", "total")}
-                row["share"] = (row["trainable"] + row["head"]) / row["total"]
+                if "total" not in row:
+                    row |= {key: records[0][key] for key in ("trainable", "head", "total")}
+                    row["share"] = (row["trainable"] + row["head"]) / row["total"]
                 entry = self._entry(column, records, trivials[c])
                 if reference is not None and s != reference and runs[reference, c]:
                     entry["against FT"] = self._difference(column, records, runs[reference, c])

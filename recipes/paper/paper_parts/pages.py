@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import figures
 from .metrics import METRICS
 from .statistics import Difference
 
@@ -29,7 +30,7 @@ def page(experiment: Mapping[str, Any], results: Mapping[str, Any], figure_file:
 
 def figure(experiment: Mapping[str, Any], results: Mapping[str, Any], path: Path) -> bool:
     """Draw it, if the experiment has a figure."""
-    return False
+    return "figure" in experiment and figures.draw(experiment["figure"], results, path)
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -99,4 +100,49 @@ def _setting(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "- The second number of “trainable” is the new head of the classification."])
 
 
-_TABLES = {"grid": table}
+# ---- other studies ---------------------------------------------------------------------------------------------------
+
+
+def _latency(results: Mapping[str, Any]) -> str:
+    sizes = [f"{rows} × {length}" for rows, length in results["sizes"]]
+    lines = ["| forward | " + " | ".join(sizes) + " |", "|---|" + "--:|" * len(sizes)]
+    for k, variant in enumerate(results["variants"]):
+        cells = [
+            f"{at['ms']:.1f} ms" if not k else f"{_percent(at['ratio'])} [{', '.join(map(_percent, at['quartiles']))}]"
+            for at in variant["at"]
+        ]
+        lines.append(f"| {variant['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\nIn brackets the quartiles over rounds."
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _costs(results: Mapping[str, Any]) -> str:
+    lines = [
+        "| system | trainable | weights | gradients | optimizer | activations | all | checkpoint | tokens/s | ÷ FT |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    parts = ("weights", "gradients", "optimizer", "activations")
+    for row in results["rows"]:
+        cells = [_megabytes(row[part]) for part in parts]
+        cells += [_megabytes(sum(row[part] for part in parts)), _megabytes(row["checkpoint"])]
+        lines.append(
+            f"| {row['system']} | {row['trainable']:,} | {' | '.join(cells)} | {row['tokens_per_second']:.0f} "
+            f"| {row['ratio']:.2f} |"
+        )
+    gpt3 = results["gpt3"]
+    said = (
+        f"GPT-3 by its shapes (no weights): {gpt3['total'] / 1e9:.1f}B parameters. LoRA with r = 4 on W_q and W_v trains "
+        f"{gpt3['trainable']:,}; in 16 bits its checkpoint is {gpt3['checkpoint_lora'] / 1e6:.1f} MB instead of "
+        f"{gpt3['checkpoint_ft'] / 1e9:.0f} GB."
+    )
+    return "\n".join(lines) + f"\n\n{said}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count < 10e6 else f"{count / 1e6:,.0f} MB"
+
+
+_TABLES = {"grid": table, "latency": _latency, "costs": _costs}

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_lora.quickstart.run import quiet
 
-from . import pages
+from . import costs, latency, pages
 from .grid import Grid
 from .sweep import Records
 from .tasks import Profile
@@ -108,4 +108,4 @@ class progress:  # noqa: N801  # used as a function
         self.bars.stop()
 
 
-_KINDS: dict[str, Callable[..., dict[str, Any]]] = {"grid": _grid}
+_KINDS: dict[str, Callable[..., dict[str, Any]]] = {"grid": _grid, "latency": latency.measure, "costs": costs.measure}

@@ -89,7 +89,7 @@ class Profile:
         if content["training"].get("max_steps") is not None:
             content["training"].pop("num_train_epochs", None)
         for split in ("train", "eval"):
-            if "file" in content["data"].get(split, {}):
+            if "file" in (content["data"].get(split) or {}):
                 content["data"][split]["file"] = str(self.work / content["data"][split]["file"])
         return Recipe.from_dict(content)
 
@@ -185,9 +185,17 @@ def _find(recipe: Recipe) -> Found:
 def _labelled(name: str, recipe: Recipe, found: Found, test: int | None) -> TaskData:
     data, task, tokenizer = recipe.data, TASKS[name], found.tokenizer
     splits = []
+    held: list[Any] | None = None
+    if data.eval_fraction is not None:  # to choose a learning rate by
+        rows = list(read_rows(data.train, split="train").rows)
+        random.Random(f"paper held out {data.seed}").shuffle(rows)
+        held, rest = rows[: int(data.eval_fraction * len(rows))], rows[int(data.eval_fraction * len(rows)) :]
     for split, source, most in (("train", data.train, data.max_train), ("eval", data.eval, data.max_eval)):
-        assert source is not None, "a task of the paper names what it is measured on"
-        rows = list(read_rows(source, split="train" if split == "train" else "validation").rows)
+        if held is not None:
+            rows = rest if split == "train" else held
+        else:
+            assert source is not None, "a task of the paper names what it is measured on"
+            rows = list(read_rows(source, split="train" if split == "train" else "validation").rows)
         if most is not None and most < len(rows):
             rows = random.Random(f"paper {split} {data.seed}").sample(rows, most)
         splits.append(rows)
