@@ -32,9 +32,7 @@ def measure(
     experiment: Mapping[str, Any], profile: Profile, records: Records, out: Path, *, run: bool = True, **chosen: Any
 ) -> dict[str, Any]:
     """A row for each system, and the paper's GPT-3 by its shapes alone."""
-    sizes = experiment["sizes"]
-    name = next(name for name in (profile.name, profile.get("like", ""), "hub") if name in sizes)
-    spec = {**sizes[name], "systems": experiment["systems"]}
+    spec = {**profile.size(experiment["sizes"]), "systems": experiment["systems"]}
     key = key_of({"study": "costs", **spec, "threads": torch.get_num_threads()})
     record = records.get(key)
     if record is None and run:

@@ -75,7 +75,15 @@ def few_shot(
 
 
 def _ask(
-    model: Any, tokenizer: Any, pad: int, read: Any, start: Any, texts: list[str], words: Any, data: Any, generation: Any
+    model: Any,
+    tokenizer: Any,
+    pad: int,
+    read: Any,
+    start: Any,
+    texts: list[str],
+    words: Any,
+    data: Any,
+    generation: Any,
 ) -> list[Any]:
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     longest, seen = max(map(len, ids)), start.shape[1]
@@ -93,9 +101,9 @@ def _ask(
         texts = tokenizer.batch_decode(written[:, whole.shape[1] :], skip_special_tokens=True)
         return [next((line for line in text.splitlines() if line.strip()), "").strip() for text in texts]
     positions = (mask.cumsum(1) - 1)[:, seen:]
-    logits = model(
-        batch, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-    ).logits[:, -1]
+    logits = model(batch, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[
+        :, -1
+    ]
     first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
     chances = logits[:, first].float().softmax(-1)
     if data.task.kind == "score":

@@ -34,9 +34,7 @@ def draw(kind: str, results: _Results, path: Path) -> bool:
 
 
 def _found(results: _Results) -> list[tuple[Mapping[str, Any], int, Mapping[str, Any]]]:
-    return [
-        (row, c, entry) for row in results["rows"] for c, entry in enumerate(row["columns"]) if entry is not None
-    ]
+    return [(row, c, entry) for row in results["rows"] for c, entry in enumerate(row["columns"]) if entry is not None]
 
 
 def _value(results: _Results, c: int, entry: Mapping[str, Any]) -> tuple[float, float]:
@@ -148,9 +146,33 @@ def _latency(plt: Any, results: _Results) -> Any:
     return figure
 
 
+def _similarity(plt: Any, results: _Results) -> Any:
+    """φ on the input side of ΔW, a panel for each pair and role, and the random baseline of each pair."""
+    panels = []
+    for found in results["pairs"]:
+        if (found["of"], found["side"]) == ("delta", "A"):
+            panels.append((f"{found['pair']}: {found['role']}", found["phi"]))
+            last = (found["pair"], found["baseline"])
+            panels = [panel for panel in panels if panel[0] != f"{last[0]}: random"] + [(f"{last[0]}: random", last[1])]
+    if not panels:
+        return None
+    lines = -(-len(panels) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(10.5, 3.4 * lines), squeeze=False)
+    for axis, (title, phi) in zip(axes.flat, panels, strict=False):
+        image = axis.imshow([line[: len(phi)] for line in phi], vmin=0, vmax=1, origin="lower", aspect="auto")
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("j", fontsize=8)
+        axis.set_ylabel("i", fontsize=8)
+        figure.colorbar(image, ax=axis, fraction=0.05)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
 _FIGURES: dict[str, Callable[[Any, _Results], Any]] = {
     "parameters": _parameters,
     "bars": _bars,
     "columns": _columns,
     "latency": _latency,
+    "similarity": _similarity,
 }

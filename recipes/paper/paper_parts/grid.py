@@ -98,6 +98,7 @@ class Grid:
 
     def cell(self, system: Mapping[str, Any], column: Mapping[str, Any], seed: int) -> Cell:
         """One run."""
+        seed += int(system.get("first_seed", 0))
         over = {key: column[key] for key in ("data", "training") if key in column}
         recipe = self.profile.recipe(column["task"], system["method"], _over(system, over), seed)
         return Cell(system, column, seed, recipe)
@@ -168,7 +169,9 @@ class Grid:
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for s, system in enumerate(self.systems):
             for c, column in enumerate(self.columns):
-                cells = [self.cell(system, column, seed) for seed in range(min(self.seeds, int(system.get("seeds", 1))))]
+                cells = [
+                    self.cell(system, column, seed) for seed in range(min(self.seeds, int(system.get("seeds", 1))))
+                ]
                 found = [self.records.get(self.key(cell)) for cell in cells]
                 runs[s, c] = [record for record in found if record is not None]
         trivials = [self._trivial(column) for column in self.columns]
@@ -204,7 +207,9 @@ class Grid:
             "eval": len(data.eval),
         }
 
-    def _entry(self, column: Mapping[str, Any], records: list[dict[str, Any]], best: Mapping[str, Any]) -> dict[str, Any]:
+    def _entry(
+        self, column: Mapping[str, Any], records: list[dict[str, Any]], best: Mapping[str, Any]
+    ) -> dict[str, Any]:
         entry: dict[str, Any] = {"seeds": len(records), "metrics": {}, "steps": records[0].get("steps")}
         for name in TASKS[column["task"]].metrics:
             of = summary([record["metrics"][name] for record in records])
@@ -220,7 +225,10 @@ class Grid:
         data = self.data(self.cell(self.systems[0], column, 0))
         name, values = _pairing(data)
         found = paired(
-            _FAST[name], [values(record["predictions"]) for record in ours], [values(run) for run in theirs], data.references
+            _FAST[name],
+            [values(record["predictions"]) for record in ours],
+            [values(run) for run in theirs],
+            data.references,
         )
         return {"metric": name, "mean": found.mean, "low": found.low, "high": found.high, "noise": found.noise}
 

@@ -31,7 +31,7 @@ def measure(
     experiment: Mapping[str, Any], profile: Profile, records: Records, out: Path, *, run: bool = True, **chosen: Any
 ) -> dict[str, Any]:
     """Medians of every variant at every size, and their ratio to the base."""
-    spec = {**experiment["sizes"][_like(profile, experiment["sizes"])], "variants": experiment["variants"]}
+    spec = {**profile.size(experiment["sizes"]), "variants": experiment["variants"]}
     key = key_of({"study": "latency", **spec, "threads": torch.get_num_threads()})
     record = records.get(key)
     if record is None and run:
@@ -41,10 +41,6 @@ def measure(
         f"{spec['rounds']} rounds; one forward of the whole batch, no cache."
     )
     return {"sizes": spec["batches"], "variants": (record or {}).get("variants", []), "setting": setting}
-
-
-def _like(profile: Profile, table: Mapping[str, Any]) -> str:
-    return next(name for name in (profile.name, profile.get("like", ""), "hub") if name in table)
 
 
 def _measured(spec: Mapping[str, Any]) -> dict[str, Any]:

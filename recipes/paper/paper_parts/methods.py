@@ -165,9 +165,7 @@ def _count_lora(model: Any, size: Size) -> int:
     total = 0
     for target in found.targets:
         if target.blocks:
-            total += sum(
-                target.rank * (target.info.in_features + sum(map(len, rows))) for _, rows in target.blocks
-            )
+            total += sum(target.rank * (target.info.in_features + sum(map(len, rows))) for _, rows in target.blocks)
         else:
             total += target.rank * (target.info.in_features + target.info.out_features)
     return total

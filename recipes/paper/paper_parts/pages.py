@@ -40,9 +40,16 @@ def table(results: Mapping[str, Any]) -> str:
     """Systems in rows; a column for each column's headline metric, or for all metrics where there is one column."""
     columns = results["columns"]
     several = len(columns) == 1 and len(columns[0]["metrics"]) > 2
-    shown = [(0, name) for name in columns[0]["metrics"]] if several else [(c, col["metrics"][0]) for c, col in enumerate(columns)]
+    shown = (
+        [(0, name) for name in columns[0]["metrics"]]
+        if several
+        else [(c, col["metrics"][0]) for c, col in enumerate(columns)]
+    )
     titles = [METRICS[name][0] if several else f"{columns[c]['name']} ({METRICS[name][0]})" for c, name in shown]
-    lines = ["| system | trainable | share | " + " | ".join(titles) + " | seeds |", "|---|--:|--:|" + "--:|" * (len(shown) + 1)]
+    lines = [
+        "| system | trainable | share | " + " | ".join(titles) + " | seeds |",
+        "|---|--:|--:|" + "--:|" * (len(shown) + 1),
+    ]
     for row in results["rows"]:
         if all(entry is None for entry in row["columns"]):
             continue
@@ -82,7 +89,9 @@ def _headline(results: Mapping[str, Any]) -> str:
             continue
         ft, none = entry["against FT"], entry["above trivial"]
         noise = "yes" if ft["noise"] else ("no, better" if ft["mean"] > 0 else "no, worse")
-        lines.append(f"| {column['name']} | {METRICS[ft['metric']][0]} | {_interval(ft)} | {noise} | {_interval(none)} |")
+        lines.append(
+            f"| {column['name']} | {METRICS[ft['metric']][0]} | {_interval(ft)} | {noise} | {_interval(none)} |"
+        )
     return "\n".join(lines)
 
 
@@ -145,4 +154,38 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB" if count < 10e6 else f"{count / 1e6:,.0f} MB"
 
 
-_TABLES = {"grid": table, "latency": _latency, "costs": _costs}
+def _similarity(results: Mapping[str, Any]) -> str:
+    lines = [
+        "| pair | directions of | side | role | φ(1, 1) | φ(2, 2) | φ(4, 4) | φ(8, 8) | random φ(1, 1) | random φ(8, 8) |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for found in results["pairs"]:
+        shown = [_at(found["phi"], k) for k in (1, 2, 4, 8)] + [_at(found["baseline"], k) for k in (1, 8)]
+        of = "ΔW" if found["of"] == "delta" else found["side"]
+        side = "input" if found["side"] == "A" else "output"
+        lines.append(f"| {found['pair']} | {of} | {side} | {found['role']} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n\nMeans over the layers."
+
+
+def _at(phi: list[list[float]], k: int) -> str:
+    return f"{phi[k - 1][k - 1]:.2f}" if len(phi) >= k and len(phi[0]) >= k else ""
+
+
+def _amplification(results: Mapping[str, Any]) -> str:
+    lines = [
+        "| adapter | role | ‖ΔW‖ | ‖UᵀWV‖ | factor | W's own directions | random directions | ‖W‖ |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        names = ("delta_norm", "projected", "factor", "own", "random", "base_norm")
+        lines.append(f"| {row['adapter']} | {row['role']} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |")
+    return "\n".join(lines) + "\n\nMeans over the layers."
+
+
+_TABLES = {
+    "grid": table,
+    "latency": _latency,
+    "costs": _costs,
+    "similarity": _similarity,
+    "amplification": _amplification,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from hf_lora.quickstart.run import quiet
 
-from . import costs, latency, pages
+from . import costs, latency, learned, pages
 from .grid import Grid
 from .sweep import Records
 from .tasks import Profile
@@ -108,4 +109,10 @@ class progress:  # noqa: N801  # used as a function
         self.bars.stop()
 
 
-_KINDS: dict[str, Callable[..., dict[str, Any]]] = {"grid": _grid, "latency": latency.measure, "costs": costs.measure}
+_KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "grid": _grid,
+    "latency": latency.measure,
+    "costs": costs.measure,
+    "similarity": functools.partial(learned.similarity, show=progress),
+    "amplification": functools.partial(learned.amplification, show=progress),
+}

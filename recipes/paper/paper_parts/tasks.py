@@ -98,6 +98,11 @@ class Profile:
         if self.data is not None and any(name == task for name, _ in files.SPLITS):
             files.rewrite(task, self.data, self.work)
 
+    def size(self, sizes: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """This profile's entry of a study's sizes, with the profile's own base where it names one."""
+        name = next(name for name in (self.name, self.get("like", ""), "hub") if name in sizes)
+        return {**sizes[name], **({"base": self.content["base"]} if "base" in self.content else {})}
+
     def get(self, key: str, default: Any = None) -> Any:
         """A section that is not about recipes."""
         return self.content.get(key, default)
@@ -135,7 +140,7 @@ class TaskData:
     def model(self) -> Any:
         """The base with its weights, and with a new head where the task has classes."""
         if self.task.kind == "text":
-            return copy.deepcopy(_language_model(self.found.name, self.found))
+            return copy.deepcopy(_language_model(self.found))
         config = copy.deepcopy(self.found.config)
         config.num_labels = 1 if self.labels is None else len(self.labels)
         config.problem_type = "regression" if self.labels is None else "single_label_classification"
