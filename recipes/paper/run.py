@@ -51,12 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"{', '.join(missing)} not installed: pip install 'hf_lora[paper]'")
-    from hf_lora.recipe.document import parse_value
-    from hf_lora.recipe.document import read as read_yaml
     from paper_parts import studies
     from paper_parts.methods import METHODS
     from paper_parts.sweep import Records
     from paper_parts.tasks import Profile
+
+    from hf_lora.recipe.document import parse_value
+    from hf_lora.recipe.document import read as read_yaml
 
     experiments = sorted(path.stem for path in (FOLDER / "experiments").glob("*.yaml"))
     if options.list or options.experiment is None:

@@ -36,10 +36,8 @@ def measure(
     record = records.get(key)
     if record is None and run:
         record = records.add(key, _measured(spec))
-    setting = (
-        f"{spec['base']}, float32, {'CUDA' if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'}; "
-        f"{spec['rounds']} rounds; one forward of the whole batch, no cache."
-    )
+    where = "CUDA" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    setting = f"{spec['base']}, float32, {where}; {spec['rounds']} rounds; one forward of the whole batch, no cache."
     return {"sizes": spec["batches"], "variants": (record or {}).get("variants", []), "setting": setting}
 
 

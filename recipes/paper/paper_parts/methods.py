@@ -6,15 +6,11 @@ each; it is counted apart, as in the paper.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from hf_lora import LoRAConfig
-from hf_lora.targeting import roles_of
 
 from . import adapters
 
@@ -61,8 +57,9 @@ def apply(name: str, model: Any, size: Size) -> Any:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter is of the task's new head."""
-    return any(part in _HEADS for part in name.split("."))
+    """Whether a parameter is of the task's new head. DeBERTa's pooler stands beside the encoder and is new as well."""
+    parts = name.removeprefix("base_model.").split(".")
+    return parts[0] == "pooler" or any(part in _HEADS for part in parts)
 
 
 def trainable(model: Any) -> tuple[int, int]:
@@ -142,7 +139,7 @@ def _prefix(kind: str, *, with_lora: bool = False) -> Callable[[Any, Size], Any]
 
 
 def _virtual(kind: str, size: Size) -> int:
-    """The paper's PreLayer trains one vector for each token and layer, peft two (key and value): half as many tokens."""
+    """PreLayer trains a vector for each token and layer, peft's prefix two (key and value): half as many tokens."""
     return size.tokens if kind == "embed" else max(1, size.tokens // 2)
 
 

@@ -1,7 +1,7 @@
 """The tables' metrics as `evaluate.Metric`s that need no network: `load("matthews").compute(...)`.
 
-Thin classes over scikit-learn, scipy, sacrebleu, rouge-score and nltk; NIST and CIDEr are in `ngrams`. Texts take a list
-of references for each prediction. Everything but NIST and CIDEr is on the scale 0 to 100 of the paper's tables.
+Thin classes over scikit-learn, scipy, sacrebleu, rouge-score and nltk; NIST and CIDEr are in `ngrams`. Texts take a
+list of references for each prediction. Everything but NIST and CIDEr is on the scale 0 to 100 of the paper's tables.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ def ngrams(tokens: Tokens, n: int) -> Counter[tuple[str, ...]]:
 def nist(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, order: int = 5) -> float:
     """NIST of a corpus: matching n-grams weighted by their information, times a penalty for what is too short.
 
-    info(w1…wn) = log2(count(w1…wn-1) / count(w1…wn)) over all references; of each order the sum over the matched n-grams
-    is divided by the candidates' n-grams; the orders are added. The penalty is exp(β log² min(1, c/r)), with c and r
-    the lengths of candidates and (on average) references, β so that it is 1/2 at c/r = 2/3.
+    info(w1…wn) = log2(count(w1…wn-1) / count(w1…wn)) over all references; of each order the sum over the matched
+    n-grams is divided by the candidates' n-grams; the orders are added. The penalty is exp(β log² min(1, c/r)), with c
+    and r the lengths of candidates and (on average) references, β so that it is 1/2 at c/r = 2/3.
     (Doddington 2002, mteval-v13a.)
     """
     counts: Counter[tuple[str, ...]] = Counter()

@@ -143,8 +143,8 @@ def _costs(results: Mapping[str, Any]) -> str:
         )
     gpt3 = results["gpt3"]
     said = (
-        f"GPT-3 by its shapes (no weights): {gpt3['total'] / 1e9:.1f}B parameters. LoRA with r = 4 on W_q and W_v trains "
-        f"{gpt3['trainable']:,}; in 16 bits its checkpoint is {gpt3['checkpoint_lora'] / 1e6:.1f} MB instead of "
+        f"GPT-3 by its shapes (no weights): {gpt3['total'] / 1e9:.1f}B parameters. LoRA with r = 4 on W_q and W_v "
+        f"trains {gpt3['trainable']:,}; in 16 bits its checkpoint is {gpt3['checkpoint_lora'] / 1e6:.1f} MB instead of "
         f"{gpt3['checkpoint_ft'] / 1e9:.0f} GB."
     )
     return "\n".join(lines) + f"\n\n{said}"
@@ -155,8 +155,9 @@ def _megabytes(count: int) -> str:
 
 
 def _similarity(results: Mapping[str, Any]) -> str:
+    shown_at = " | ".join(f"φ({k}, {k})" for k in (1, 2, 4, 8))
     lines = [
-        "| pair | directions of | side | role | φ(1, 1) | φ(2, 2) | φ(4, 4) | φ(8, 8) | random φ(1, 1) | random φ(8, 8) |",
+        f"| pair | directions of | side | role | {shown_at} | random φ(1, 1) | random φ(8, 8) |",
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for found in results["pairs"]:

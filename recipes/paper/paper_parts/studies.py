@@ -61,23 +61,24 @@ def _grid(
     grid = Grid(experiment, profile, records, **chosen)
     if run:
         cells = list(grid.cells())
-        with progress(len(cells)) as (begin, step):
+        with Progress(len(cells)) as (begin, step):
             for cell in cells:
                 begin(cell.title)
                 grid.run(cell, step)
     return grid.results()
 
 
-class progress:  # noqa: N801  # used as a function
+class Progress:
     """Two bars: all runs, and the steps of this one. On a pipe, a line for each run."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
 
         self.total = total
         self.console = Console(stderr=True)
-        self.bars = Progress(
+        self.bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -113,6 +114,6 @@ _KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "grid": _grid,
     "latency": latency.measure,
     "costs": costs.measure,
-    "similarity": functools.partial(learned.similarity, show=progress),
-    "amplification": functools.partial(learned.amplification, show=progress),
+    "similarity": functools.partial(learned.similarity, show=Progress),
+    "amplification": functools.partial(learned.amplification, show=Progress),
 }
