@@ -50,6 +50,9 @@ NOT_CORE = {
     "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
     "test_package.py",
+    "test_paper_methods.py",
+    "test_paper_metrics.py",
+    "test_paper_recipes.py",
     "test_pool_soak.py",
     "test_quickstart.py",
     "test_recipe.py",

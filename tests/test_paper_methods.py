@@ -115,9 +115,7 @@ PRINTED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("base", "name", "size", "count"), PRINTED, ids=[f"{b} {n} {c}" for b, n, _, c in PRINTED]
-)
+@pytest.mark.parametrize(("base", "name", "size", "count"), PRINTED, ids=[f"{b} {n} {c}" for b, n, _, c in PRINTED])
 def test_counts_are_the_papers(methods: Any, peft: Any, base: str, name: str, size: dict[str, Any], count: int) -> None:
     size = methods.Size(**size)
     assert methods.METHODS[name].count(seen(base), size) == count

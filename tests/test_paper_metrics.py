@@ -15,7 +15,11 @@ pytest.importorskip("evaluate", reason="evaluate is not installed: install hf_lo
 PAPER = Path(__file__).resolve().parents[1] / "recipes" / "paper"
 
 CANDIDATES = ["the cat sat on the mat", "a dog ran in the park today", "there is a pub"]
-REFERENCES = [["the cat is on the mat", "there is a cat on the mat"], ["a dog ran in a park"], ["a pub is there", "pub"]]
+REFERENCES = [
+    ["the cat is on the mat", "there is a cat on the mat"],
+    ["a dog ran in a park"],
+    ["a pub is there", "pub"],
+]
 
 
 @pytest.fixture
@@ -83,7 +87,9 @@ def test_cider_is_its_definition_with_dense_vectors(parts: Any) -> None:
                 def grams(tokens: list[str], n: int = n) -> list[tuple[str, ...]]:
                     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
-                vocabulary = sorted({g for text in [*candidates, *sum(references, [])] for g in grams(text)})
+                vocabulary = sorted(
+                    {g for text in [*candidates, *(r for refs in references for r in refs)] for g in grams(text)}
+                )
                 idf = np.array(
                     [
                         math.log(len(references))
@@ -91,9 +97,7 @@ def test_cider_is_its_definition_with_dense_vectors(parts: Any) -> None:
                         for g in vocabulary
                     ]
                 )
-                c, r = (
-                    np.array([grams(t).count(g) for g in vocabulary], float) * idf for t in (candidate, reference)
-                )
+                c, r = (np.array([grams(t).count(g) for g in vocabulary], float) * idf for t in (candidate, reference))
                 norm = np.linalg.norm(c) * np.linalg.norm(r)
                 cosine = float(np.minimum(c, r) @ r / norm) if norm else 0.0
                 total.append(cosine * math.exp(-((len(candidate) - len(reference)) ** 2) / 72))

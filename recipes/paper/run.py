@@ -98,11 +98,14 @@ def main(argv: list[str] | None = None) -> None:
 def _public(argv: list[str]) -> list[str]:
     """The command as somebody else would type it: without the folders of this machine."""
     hidden = {"--data": "FOLDER", "--work": None, "--runs": None, "--out": None}
-    words, skip = [], False
+    words: list[str] = []
+    skip = False
     for word in argv:
         if skip:
             skip = False
             continue
+        if words and words[-1] == "--profile":
+            word = Path(word).name
         name, equals, _ = word.partition("=")
         if name in hidden:
             skip = not equals

@@ -202,7 +202,7 @@ class Grid:
             "name": column_name(column),
             "task": column["task"],
             "metrics": list(data.task.metrics),
-            "base": data.found.name,
+            "base": Path(name).name if Path(name := data.found.name).is_absolute() else name,
             "train": len(data.train),
             "eval": len(data.eval),
         }
@@ -229,6 +229,7 @@ class Grid:
             [values(record["predictions"]) for record in ours],
             [values(run) for run in theirs],
             data.references,
+            resamples=int(self.profile.get("resamples", 1000)),
         )
         return {"metric": name, "mean": found.mean, "low": found.low, "high": found.high, "noise": found.noise}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 __all__ = ["Difference", "Summary", "paired", "summary"]
 
@@ -46,7 +47,7 @@ class Difference:
 
 
 def paired(
-    metric: Callable[[Sequence[Any], Sequence[Any]], float],
+    metric: Callable[[Any, Any], float],
     ours: Sequence[Sequence[Any]],
     theirs: Sequence[Sequence[Any]],
     references: Sequence[Any],
@@ -62,16 +63,16 @@ def paired(
         ours, theirs: the predictions of each seed. Of systems measured on fewer examples, the first ones are compared.
     """
     n = min(len(references), *(len(run) for run in (*ours, *theirs)))
-    references = list(references[:n])
-    whole = fmean(metric(run[:n], references) for run in ours) - fmean(metric(run[:n], references) for run in theirs)
-    rng, found = random.Random(0), []
+    right = np.arange(n) if isinstance(references[0], list) else np.asarray(references[:n])  # of texts: not needed
+    both = [[np.asarray(run[:n]) for run in runs] for runs in (ours, theirs)]
+    whole = fmean(metric(run, right) for run in both[0]) - fmean(metric(run, right) for run in both[1])
+    rng, found = np.random.default_rng(0), []
     for _ in range(resamples):
-        chosen = rng.choices(range(n), k=n)
-        right = [references[i] for i in chosen]
+        chosen = rng.integers(n, size=n)
         means = []
-        for runs in (ours, theirs):
-            drawn = rng.choices(range(len(runs)), k=len(runs))
-            values = {k: metric([runs[k][i] for i in chosen], right) for k in set(drawn)}
+        for runs in both:
+            drawn = rng.integers(len(runs), size=len(runs)).tolist()
+            values = {k: metric(runs[k][chosen], right[chosen]) for k in set(drawn)}
             means.append(fmean(values[k] for k in drawn))
         found.append(means[0] - means[1])
     found.sort()

@@ -7,6 +7,7 @@ method), the experiment's system, and --set.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -80,11 +81,12 @@ class Profile:
 
     def recipe(self, task: str, method: str, system: Mapping[str, Any], seed: int) -> Recipe:
         """The recipe of one run."""
-        content = read_yaml(FOLDER / "tasks" / f"{task}.yaml").content
+        content: Mapping[str, Any] = _task_file(task)
         of_task = self.content.get("tasks", {}).get(task, {})
         of_method = self.content.get("methods", {}).get(method, {})
         ours = {key: system[key] for key in ("base", "lora", "data", "training") if key in system}
-        for layer in (self.content.get("all", {}), of_task, of_method, ours, self.changes, {"seed": seed}):
+        last = self.content.get("last", {})
+        for layer in (self.content.get("all", {}), of_task, of_method, ours, last, self.changes, {"seed": seed}):
             content = merged(content, layer)
         if content["training"].get("max_steps") is not None:
             content["training"].pop("num_train_epochs", None)
@@ -106,6 +108,11 @@ class Profile:
     def get(self, key: str, default: Any = None) -> Any:
         """A section that is not about recipes."""
         return self.content.get(key, default)
+
+
+@functools.cache
+def _task_file(task: str) -> Mapping[str, Any]:
+    return read_yaml(FOLDER / "tasks" / f"{task}.yaml").content
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _examples(data: Any) -> tuple[list[Example], list[Example]]:
         copied = " ".join(re.findall(r"\[([^\]]*)\]", text)) or text
         return Example(prompt=text, target=references[0], references=references, group=text, copied=copied)
 
-    rows = random.Random("paper trivial").sample(data.rows, min(640, len(data.rows)))
+    rows = random.Random("paper trivial").sample(data.rows, min(len(data.train), len(data.rows)))
     train = [made(row, (row["human_reference"],)) for row in rows]
     test = [made(row, tuple(refs)) for row, refs in zip(data.eval_rows, data.references, strict=True)]
     return train, test
