@@ -1,7 +1,7 @@
 """A task ready for training: a recipe in the form of `hf-lora train`, its base found, its examples as token ids.
 
 A recipe is made of layers, each over the one before: the task's file, the profile (for all tasks, for the task, for the
-method), the experiment's system, and --set.
+method, for both), the experiment's system, and --set.
 """
 
 from __future__ import annotations
@@ -82,11 +82,21 @@ class Profile:
     def recipe(self, task: str, method: str, system: Mapping[str, Any], seed: int) -> Recipe:
         """The recipe of one run."""
         content: Mapping[str, Any] = _task_file(task)
-        of_task = self.content.get("tasks", {}).get(task, {})
+        of_task = dict(self.content.get("tasks", {}).get(task, {}))
+        of_both = of_task.pop("methods", {}).get(method, {})
         of_method = self.content.get("methods", {}).get(method, {})
         ours = {key: system[key] for key in ("base", "lora", "data", "training") if key in system}
         last = self.content.get("last", {})
-        for layer in (self.content.get("all", {}), of_task, of_method, ours, last, self.changes, {"seed": seed}):
+        for layer in (
+            self.content.get("all", {}),
+            of_task,
+            of_method,
+            of_both,
+            ours,
+            last,
+            self.changes,
+            {"seed": seed},
+        ):
             content = merged(content, layer)
         if content["training"].get("max_steps") is not None:
             content["training"].pop("num_train_epochs", None)
