@@ -14,7 +14,7 @@ _Results = Mapping[str, Any]
 
 
 def draw(kind: str, results: _Results, path: Path) -> bool:
-    """Write an SVG; False if there is nothing to draw yet."""
+    """Write an SVG and a PNG; False if there is nothing to draw yet."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,6 +29,7 @@ def draw(kind: str, results: _Results, path: Path) -> bool:
         axis.tick_params(labelsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
     plt.close(figure)
     return True
 

@@ -19,7 +19,7 @@ from .sweep import Records, key_of
 from .tasks import TASKS, Profile, TaskData, load
 from .trivial import trivial
 
-__all__ = ["Cell", "Grid", "label"]
+__all__ = ["Cell", "Grid", "base_name", "column_name", "label"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ def label(system: Mapping[str, Any]) -> str:
         parts.append("+".join(lora["target_modules"]))
     parts += [f"{letter}={system[key]}" for key, letter in (("bottleneck", "r"), ("tokens", "l")) if key in system]
     return " ".join(parts)
+
+
+def base_name(data: TaskData) -> str:
+    """The base, without the folders of this machine."""
+    path = Path(data.found.name)
+    return path.name if path.is_absolute() else data.found.name
 
 
 def column_name(column: Mapping[str, Any]) -> str:
@@ -202,7 +208,7 @@ class Grid:
             "name": column_name(column),
             "task": column["task"],
             "metrics": list(data.task.metrics),
-            "base": Path(name).name if Path(name := data.found.name).is_absolute() else name,
+            "base": base_name(data),
             "train": len(data.train),
             "eval": len(data.eval),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_lora import LoRAAdapter
 
-from .grid import Cell, Grid, column_name, label
+from .grid import Cell, Grid, base_name, column_name, label
 from .sweep import Records
 from .tasks import Profile
 
@@ -37,7 +37,7 @@ def _setting(grid: Grid) -> str:
     lines = []
     for column in grid.columns:
         data = grid.data(grid.cell(grid.systems[0], column, 0))
-        lines.append(f"- {column_name(column)}: {data.found.name}, {len(data.train):,} training examples.")
+        lines.append(f"- {column_name(column)}: {base_name(data)}, {len(data.train):,} training examples.")
     return "\n".join(lines)
 
 

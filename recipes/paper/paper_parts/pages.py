@@ -18,7 +18,8 @@ def page(experiment: Mapping[str, Any], results: Mapping[str, Any], figure_file:
     parts = [f"# {experiment['title']}", experiment.get("question", ""), f"```bash\n{results['command']}\n```"]
     if figure_file:
         parts.append(f"![{experiment['title']}]({figure_file})")
-    parts.append(_TABLES[results["kind"]](results))
+    # The marks let another page take the table alone.
+    parts.append(f"<!-- --8<-- [start:table] -->\n{_TABLES[results['kind']](results)}\n<!-- --8<-- [end:table] -->")
     parts.append(f"## What the paper found\n\n{experiment['paper'].strip()}")
     if found := experiment.get("found", {}).get(results["profile"]):
         parts.append(f"## What was found here\n\n{found.strip()}")
@@ -179,7 +180,7 @@ def _amplification(results: Mapping[str, Any]) -> str:
     ]
     for row in results["rows"]:
         names = ("delta_norm", "projected", "factor", "own", "random", "base_norm")
-        lines.append(f"| {row['adapter']} | {row['role']} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |")
+        lines.append(f"| {row['adapter']} | {row['role']} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |")
     return "\n".join(lines) + "\n\nMeans over the layers."
 
 
