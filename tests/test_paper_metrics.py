@@ -127,6 +127,8 @@ def test_mean_deviation_and_paired_difference(parts: Any) -> None:
     assert better.low == pytest.approx(19, abs=1.6)
     assert better.high == pytest.approx(31, abs=1.6)
     assert parts.statistics.paired(accuracy, [good, bad], [bad, good], right).noise  # seeds differ more than systems
+    alike = parts.statistics.paired(accuracy, [bad], [bad], right)  # the same examples are drawn for both
+    assert (alike.mean, alike.low, alike.high) == (0, 0, 0)
     fewer = parts.statistics.paired(accuracy, [good[:40]], [bad], right)
     assert fewer.mean == pytest.approx(25)
 
