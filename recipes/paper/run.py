@@ -106,6 +106,8 @@ def _public(argv: list[str]) -> list[str]:
             continue
         if words and words[-1] == "--profile":
             word = Path(word).name
+        if word == "--report":
+            continue
         name, equals, _ = word.partition("=")
         if name in hidden:
             skip = not equals

@@ -16,7 +16,7 @@ from . import adapters
 
 __all__ = ["METHODS", "Method", "Size", "apply", "is_head", "trainable"]
 
-_HEADS = ("classifier", "score", "classification_head", "qa_outputs")
+_HEADS = ("classifier", "score", "classification_head", "pooler")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def apply(name: str, model: Any, size: Size) -> Any:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter is of the task's new head. DeBERTa's pooler stands beside the encoder and is new as well."""
-    parts = name.removeprefix("base_model.").split(".")
-    return parts[0] == "pooler" or any(part in _HEADS for part in parts)
+    """Whether a parameter is of the head: the classifier, and the pooler before it, as RoBERTa's head has both."""
+    return any(part in _HEADS for part in name.split("."))
 
 
 def trainable(model: Any) -> tuple[int, int]:
@@ -114,8 +113,11 @@ def _dropped(kind: str, model: Any, size: Size) -> int:
 
 
 def _lora(model: Any, size: Size) -> Any:
-    task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
-    model.add_lora(size.lora.replace(task_type=task))
+    classifies = "SequenceClassification" in type(model).__name__
+    whole = (
+        ("pooler",) if classifies and any("pooler" in name.split(".") for name, _ in model.named_modules()) else None
+    )
+    model.add_lora(size.lora.replace(task_type="SEQ_CLS" if classifies else None, modules_to_save=whole))
     return model
 
 
@@ -131,7 +133,7 @@ def _prefix(kind: str, *, with_lora: bool = False) -> Callable[[Any, Size], Any]
         made = {"embed": peft.PromptTuningConfig, "layer": peft.PrefixTuningConfig}[kind]
         wrapped = peft.get_peft_model(model, made(task_type=task, num_virtual_tokens=_virtual(kind, size)))
         for name, parameter in wrapped.named_parameters():  # peft froze all that is not its own
-            if "lora_slots" in name:
+            if "lora_slots" in name or "pooler" in name.split("."):
                 parameter.requires_grad_(True)
         return wrapped
 
