@@ -26,11 +26,14 @@ from .errors import (
 from .registration import register, unregister
 
 if TYPE_CHECKING:
+    from . import analysis as analysis
     from .adapter import LoRAAdapter
     from .arithmetic import combine
     from .config import LoRAConfig
     from .hub import list_adapters
+    from .importers import extract_lora
     from .optimizer import optimizer_groups
+    from .planning import plan
     from .pool import LoRAPool
     from .training import LoRACallback
 
@@ -52,8 +55,10 @@ __all__ = [
     "LoRAUnsupportedError",
     "__version__",
     "combine",
+    "extract_lora",
     "list_adapters",
     "optimizer_groups",
+    "plan",
     "register",
     "unregister",
 ]
@@ -67,12 +72,19 @@ _LATER = {
     "LoRAConfig": "config",
     "LoRAPool": "pool",
     "combine": "arithmetic",
+    "extract_lora": "importers",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
+    "plan": "planning",
 }
+
+# Rooms that are reached as `hf_lora.<room>.…`, imported at their first use.
+_ROOMS = frozenset({"analysis"})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
@@ -81,7 +93,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *_ROOMS})
 
 
 register()

@@ -24,7 +24,7 @@ class LoRAAdapter(AdapterValue):
     @classmethod
     def of(cls, value: AdapterValue) -> LoRAAdapter:
         """The same adapter with this class's methods."""
-        return cls(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        return cls(**{field.name: getattr(value, field.name) for field in dataclasses.fields(AdapterValue)})
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], *, allow_pickle: bool = False, **options: Any) -> LoRAAdapter:

@@ -450,7 +450,11 @@ def _number(value: Any) -> Any:
 
 
 _LOOKS_LIKE: tuple[tuple[set[str], str, str], ...] = (
-    ({"lora_parameters"}, "an mlx-lm adapter's config", "Convert it to PEFT's format."),
+    (
+        {"lora_parameters"},
+        "an mlx-lm adapter's config",
+        "Import it: hf_lora.importers.from_mlx(folder), or `hf-lora import mlx`.",
+    ),
     ({"model_class", "model_type"}, "an AdapterHub (adapters) config", "Load it with the adapters library."),
     (set(), "no PEFT config", "Use an adapter_config.json that PEFT or hf_lora wrote."),
 )
@@ -477,5 +481,7 @@ def _check_type(given: Mapping[Any, Any]) -> None:
             name="peft_type",
             value=kind,
             expected="LORA",
-            remedy="Load it with PEFT.",
+            remedy="Import it: hf_lora.importers.from_adalora(folder), or `hf-lora import adalora`."
+            if kind == "ADALORA"
+            else "Load it with PEFT.",
         )

@@ -26,7 +26,7 @@ from .values import AdapterValue
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelCard
 
-__all__ = ["HubAdapter", "fetch", "is_whole", "list_adapters", "push", "weights_size"]
+__all__ = ["HubAdapter", "fetch", "fetch_card", "is_whole", "list_adapters", "push", "weights_size"]
 
 CARD_NAME = "README.md"
 
@@ -73,22 +73,42 @@ def fetch(
     return config.parent
 
 
+def fetch_card(
+    repo_id: str, *, most: int, revision: str | None = None, token: str | bool | None = None, **options: Any
+) -> Path | None:
+    """The repo's README.md in the Hub's cache; None if there is none, or it has more than `most` bytes.
+
+    Raises:
+        LoRAHubError: as `fetch`, but for a missing file.
+    """
+    size = weights_size(repo_id, name=CARD_NAME, revision=revision, token=token, **options)
+    if size is not None and size > most:
+        return None
+    try:
+        return _get(repo_id, CARD_NAME, None, revision, options | {"token": token})
+    except LoRAHubError as error:
+        if error.kind in ("missing file", "not cached"):
+            return None
+        raise
+
+
 def weights_size(
     repo_id: str,
     *,
+    name: str = WEIGHTS_NAME,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
     **_: Any,
 ) -> int | None:
-    """Bytes of an adapter's weights as the Hub gives them, before any is fetched; None if it cannot say."""
+    """Bytes of the weights (or another file) as the Hub gives them, before any is fetched; None if it cannot say."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     if local_files_only or _offline():
         return None
     with contextlib.suppress(LoRAHubError), translated(repo_id, token=token):  # `fetch` will say what is wrong
-        url = hf_hub_url(repo_id, WEIGHTS_NAME, subfolder=checked_subfolder(subfolder), revision=revision)
+        url = hf_hub_url(repo_id, name, subfolder=checked_subfolder(subfolder), revision=revision)
         return get_hf_file_metadata(url, token=token).size
     return None
 

@@ -26,7 +26,9 @@ __all__ = [
     "disk_config",
     "from_state_dict",
     "make_plan",
+    "is_module_path",
     "parse_blocks",
+    "refuse_non_finite",
     "to_state_dict",
 ]
 
@@ -91,7 +93,7 @@ def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Pla
         key = name[len(PREFIX) :]
         if not name.startswith(PREFIX):
             problems.append(f"{name!r} does not start with {PREFIX!r}")
-        elif len(name) > 1000 or _BAD_NAME.search(key):
+        elif not is_module_path(key):
             problems.append(f"{name[:200]!r} is no module path")
         elif (ending := _ending(key)) is not None:
             _put(plan, key[: -len(ending)], *_ENDINGS[ending], name, problems)
@@ -140,6 +142,11 @@ def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Pla
             remedy="Save the adapter again, or correct adapter_config.json.",
         )
     return plan
+
+
+def is_module_path(path: str) -> bool:
+    """Whether a name from a file can be a module's or parameter's: dotted, not long, and no path on a disk."""
+    return 0 < len(path) <= 1000 and not _BAD_NAME.search(path)
 
 
 def _ending(key: str) -> str | None:
@@ -263,7 +270,7 @@ def assemble(
     `together`: all tensors as one flat tensor, if there is such a thing, which is faster to look through.
     """
     if together is None or not _sums_finite(together):
-        _refuse_non_finite(tensors, source)
+        refuse_non_finite(tensors, source)
     for twin, own in plan.twins.items():
         if not torch.equal(tensors[twin], tensors[own]):
             raise LoRAFileError(f"{source}: {twin!r} and {own!r} are one parameter but differ.", name=twin)
@@ -301,7 +308,8 @@ def _sums_finite(tensor: Tensor) -> bool:
     return bool(tensor.detach().sum(dtype=wide).isfinite())
 
 
-def _refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise `LoRAFileError`, naming every one, if tensors of a file hold NaN or infinity."""
     bad = []
     for name, tensor in tensors.items():
         if not _sums_finite(tensor) and not tensor.isfinite().all():

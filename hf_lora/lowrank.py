@@ -12,7 +12,18 @@ from torch.nn.functional import pad
 from .spectrum import decompose, parts
 from .values import Block, Factors
 
-__all__ = ["Merge", "Terms", "averaged", "concatenated", "largest_rank", "merged", "reduced"]
+__all__ = [
+    "Merge",
+    "Terms",
+    "assembled",
+    "averaged",
+    "concatenated",
+    "cut",
+    "enough",
+    "largest_rank",
+    "merged",
+    "reduced",
+]
 
 Terms = list[tuple[float, Factors]]
 """One layer's: the weight and the factors of every adapter that has it."""
@@ -38,7 +49,7 @@ def _pieces(terms: Terms) -> list[Piece]:
     return pieces
 
 
-def _assembled(
+def assembled(
     like: Factors,
     blocks: tuple[Block, ...],
     pairs: Sequence[tuple[Tensor, Tensor]],
@@ -68,7 +79,7 @@ def concatenated(terms: Terms, largest: float, dtype: torch.dtype) -> Factors:
         )
         for piece in _pieces(terms)
     ]
-    return _assembled(terms[0][1], _blocks(terms), pairs, largest)
+    return assembled(terms[0][1], _blocks(terms), pairs, largest)
 
 
 def averaged(terms: Terms, dtype: torch.dtype) -> Factors:
@@ -79,7 +90,7 @@ def averaged(terms: Terms, dtype: torch.dtype) -> Factors:
         a = [math.copysign(abs(c) ** 0.5, c) * a.to(dtype) for c, (_, _, a, _) in zip(scales, piece, strict=True)]
         b = [abs(c) ** 0.5 * b.to(dtype) for c, (_, _, _, b) in zip(scales, piece, strict=True)]
         pairs.append((torch.stack(a).sum(dim=0), torch.stack(b).sum(dim=0)))
-    return _assembled(terms[0][1], _blocks(terms), pairs, 1.0)
+    return assembled(terms[0][1], _blocks(terms), pairs, 1.0)
 
 
 def merged(terms: Terms, merge: Merge, rank: int, energy: float | None, dtype: torch.dtype) -> Factors:
@@ -89,8 +100,8 @@ def merged(terms: Terms, merge: Merge, rank: int, energy: float | None, dtype: t
         deltas = [(weight, (b.to(dtype) @ a.to(dtype)) * scaling) for weight, scaling, a, b in piece]
         svds.append(torch.linalg.svd(merge(deltas), full_matrices=False))
     if energy is not None:
-        rank = max(_enough(values, energy) for _, values, _ in svds)
-    return _assembled(terms[0][1], _blocks(terms), _cut(svds, rank, 1.0), 1.0)
+        rank = max(enough(values, energy) for _, values, _ in svds)
+    return assembled(terms[0][1], _blocks(terms), cut(svds, rank, 1.0), 1.0)
 
 
 def reduced(factors: Factors, rank: int, energy: float | None = None) -> Factors:
@@ -103,20 +114,20 @@ def reduced(factors: Factors, rank: int, energy: float | None = None) -> Factors
         return factors
     svds = [decompose(piece) for piece in pieces]
     if energy is not None:
-        rank = max(_enough(values, energy) for _, values, _ in svds)
+        rank = max(enough(values, energy) for _, values, _ in svds)
         if rank >= pieces[0].rank:
             return factors
-    pairs = [(a.to(factors.A), b.to(factors.B)) for a, b in _cut(svds, rank, factors.scaling)]
-    return _assembled(factors, factors.blocks, pairs, factors.scaling, factors.use_rslora)
+    pairs = [(a.to(factors.A), b.to(factors.B)) for a, b in cut(svds, rank, factors.scaling)]
+    return assembled(factors, factors.blocks, pairs, factors.scaling, factors.use_rslora)
 
 
-def _enough(values: Tensor, energy: float) -> int:
+def enough(values: Tensor, energy: float) -> int:
     """The smallest rank whose singular values hold the share `energy` of Σσ²; at least 1."""
     held = values.double().square().cumsum(0)
     return int((held < energy * held[-1]).sum()) + 1
 
 
-def _cut(svds: Sequence[tuple[Tensor, Tensor, Tensor]], rank: int, scaling: float) -> list[tuple[Tensor, Tensor]]:
+def cut(svds: Sequence[tuple[Tensor, Tensor, Tensor]], rank: int, scaling: float) -> list[tuple[Tensor, Tensor]]:
     """(A, B) with scaling·B·A = U_k diag(σ_k) V_kᵀ for each, all of one rank k ≤ `rank`.
 
     A is √σ₁ Vᵀ and B is U diag(σ)/√σ₁: of one size in the first direction, and no row of A is zero, so that a direction

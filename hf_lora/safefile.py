@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,17 @@ from torch import Tensor
 
 from .errors import LoRAFileError
 
-__all__ = ["Entry", "Header", "fsync_directory", "load_json", "read_bytes", "read_header", "read_tensors", "reading"]
+__all__ = [
+    "Entry",
+    "Header",
+    "fsync_directory",
+    "load_json",
+    "read_bytes",
+    "read_header",
+    "read_pickle",
+    "read_tensors",
+    "reading",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -211,8 +221,89 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def read_pickle(path: Path, *, allow: bool, within: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a torch.save file, with `weights_only`: nothing in it is run.
+
+    Args:
+        path: the file.
+        allow: whether the caller asked for pickles; else it is refused.
+        within: keys under which the tensors may stand instead, alone in the outer mapping ("model_state_dict").
+
+    Raises:
+        LoRAFileError: refused, damaged, packed, or no mapping from names to plain dense tensors.
+    """
+    if not allow:
+        raise LoRAFileError(
+            f"{path} is a pickle, which is not read unless asked for.",
+            name=path.name,
+            value=str(path),
+            remedy="Pass allow_pickle=True (it is read with weights_only), or save it as safetensors.",
+        )
+    with reading(path) as file:
+        refuse_lfs_pointer(path, file.read(64))
+        if _unpacks_larger(file):
+            raise LoRAFileError(
+                f"{path} has packed members, which torch.save does not write.", name=path.name, value=str(path)
+            )
+        file.seek(0)
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # a damaged pickle raises anything: UnpicklingError, RuntimeError, KeyError, EOFError, …
+            raise LoRAFileError(
+                f"{path} is no pickle of tensors alone: {str(error).splitlines()[0] if str(error) else error!r}",
+                name=path.name,
+                value=str(path),
+                remedy="Save it as safetensors where you trust it.",
+            ) from error
+    if isinstance(found, dict) and len(found) == 1 and next(iter(found)) in within:
+        found = next(iter(found.values()))
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        raise LoRAFileError(f"{path} holds no mapping from names to tensors.", name=path.name, value=str(path))
+    for name, tensor in found.items():
+        # A stride of 0 makes a few bytes look like terabytes.
+        if (
+            tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.numel() * tensor.element_size() > (tensor.untyped_storage().nbytes())
+        ):
+            raise LoRAFileError(f"{path}: {name!r} is not a plain dense tensor.", name=name, value=tuple(tensor.shape))
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+def _unpacks_larger(file: BinaryIO) -> bool:
+    """Whether a file is a zip archive with deflated or overlapping members: a few bytes that would fill the memory."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False  # no archive, which torch.load will say better
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return not stored or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size
+
+
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: largest element first, then by name, so that every tensor is aligned."""
+    order, start, _ = _layout(tensors, metadata)
+    file.write(start)
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
+
+
+def written_nbytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_tensors` would write; the tensors may be on meta."""
+    _, start, size = _layout(tensors, metadata)
+    return len(start) + size
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:
+    """The order of the tensors, what stands before them, and the bytes that they take."""
     unknown = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in _NAMES})
     if unknown:
         raise LoRAFileError(f"Tensors of {', '.join(unknown)} cannot be saved.", value=unknown)
@@ -225,10 +316,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
+    return order, len(text).to_bytes(8, "little") + text, end
 
 
 def fsync_directory(path: Path) -> None:

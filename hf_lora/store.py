@@ -35,6 +35,7 @@ __all__ = [
     "read_adapter",
     "read_config",
     "to_state_dict",
+    "weights_nbytes",
     "write_adapter",
 ]
 
@@ -111,7 +112,7 @@ def _read(folder: Path, allow_pickle: bool) -> AdapterValue:
                 value=sorted(entry.name for entry in folder.iterdir())[:20],
                 remedy=f"Put the adapter's weights there as {WEIGHTS_NAME}.",
             )
-        return from_state_dict(config, _unpickle(weights, allow_pickle), source=str(weights))
+        return from_state_dict(config, safefile.read_pickle(weights, allow=allow_pickle), source=str(weights))
     if not (folder / _PENDING).exists():
         _config(folder, {}).require_supported()  # before the weights, for the same reason
     with safefile.reading(weights) as file:
@@ -195,62 +196,6 @@ def _digest(config: LoRAConfig) -> str:
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
 
 
-def _unpickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
-        raise LoRAFileError(
-            f"{path} is a pickle, which is not read unless asked for.",
-            name=PICKLE_NAME,
-            value=str(path),
-            remedy="Pass allow_pickle=True (it is read with weights_only), or save it as safetensors.",
-        )
-    import torch
-
-    with safefile.reading(path) as file:
-        safefile.refuse_lfs_pointer(path, file.read(64))
-        if _unpacks_larger(file):
-            raise LoRAFileError(
-                f"{path} has packed members, which torch.save does not write.", name=PICKLE_NAME, value=str(path)
-            )
-        file.seek(0)
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # a damaged pickle raises anything: UnpicklingError, RuntimeError, KeyError, EOFError, …
-            raise LoRAFileError(
-                f"{path} is no pickle of tensors alone: {str(error).splitlines()[0] if str(error) else error!r}",
-                name=PICKLE_NAME,
-                value=str(path),
-                remedy="Save it as safetensors where you trust it.",
-            ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
-    ):
-        raise LoRAFileError(f"{path} holds no mapping from names to tensors.", name=PICKLE_NAME, value=str(path))
-    for name, tensor in found.items():
-        # A stride of 0 makes a few bytes look like terabytes.
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.numel() * tensor.element_size() > (tensor.untyped_storage().nbytes())
-        ):
-            raise LoRAFileError(f"{path}: {name!r} is not a plain dense tensor.", name=name, value=tuple(tensor.shape))
-    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
-
-
-def _unpacks_larger(file: BinaryIO) -> bool:
-    """Whether a file is a zip archive with deflated or overlapping members: a few bytes that would fill the memory."""
-    import zipfile
-
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False  # no archive, which torch.load will say better
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    return not stored or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size
-
-
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -263,18 +208,7 @@ def write_adapter(value: AdapterValue, directory: str | os.PathLike[str]) -> Pat
         LoRAFileError: the files cannot be written (permission, full disk); the old ones are as before.
     """
     folder = Path(directory)
-    config = layout.disk_config(value)
-    text = (json.dumps(config.to_peft(), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    config = LoRAConfig.from_peft(json.loads(text))  # sort_keys may reorder patterns; what counts is what is read back
-    metadata = {
-        "format": "pt",
-        _DIGEST: _digest(config),
-        _FILE_DIGEST: hashlib.sha256(text).hexdigest(),
-    }
-    blocks = layout.blocks_json(value)
-    if blocks is not None:
-        metadata[_BLOCKS] = blocks
-    tensors = to_state_dict(value)
+    text, tensors, metadata = _contents(value)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -291,6 +225,28 @@ def write_adapter(value: AdapterValue, directory: str | os.PathLike[str]) -> Pat
             remedy="Free some space or choose a folder that you may write to; what was there is unchanged.",
         ) from error
     return folder
+
+
+def weights_nbytes(value: AdapterValue) -> int:
+    """Bytes of the adapter_model.safetensors that `write_adapter` would write; the factors may be on meta."""
+    _, tensors, metadata = _contents(value)
+    return safefile.written_nbytes(tensors, metadata)
+
+
+def _contents(value: AdapterValue) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
+    """The text of the config, and tensors and metadata of the weights."""
+    config = layout.disk_config(value)
+    text = (json.dumps(config.to_peft(), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    config = LoRAConfig.from_peft(json.loads(text))  # sort_keys may reorder patterns; what counts is what is read back
+    metadata = {
+        "format": "pt",
+        _DIGEST: _digest(config),
+        _FILE_DIGEST: hashlib.sha256(text).hexdigest(),
+    }
+    blocks = layout.blocks_json(value)
+    if blocks is not None:
+        metadata[_BLOCKS] = blocks
+    return text, to_state_dict(value), metadata
 
 
 def _replace_pair(folder: Path, text: bytes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

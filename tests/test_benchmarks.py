@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -264,3 +265,22 @@ def test_the_page_shows_the_table_and_the_figure() -> None:
     (figure,) = re.findall(r'<img src="([^"]+)"', page)
     assert (ROOT / "docs" / "pages" / figure).resolve() == PUBLISHED / "serving.png"
     assert (PUBLISHED / "serving.png").is_file()
+
+
+def test_the_gpu_script_runs_small_on_a_cpu(peft: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two subjects, here: the same steps from the same factors give the same losses, and the table has the ratios."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "benchmarks"))
+    import gpu
+
+    options = argparse.Namespace(shape="tiny", device="cpu", batch=1, length=16, steps=2, date="today")
+    found = {}
+    for subject in ("full fine-tuning", "PEFT, all-linear r=16", "hf_lora, all-linear r=16"):
+        options.subject = subject
+        found[subject] = gpu.run(options)
+    ours, theirs = found["hf_lora, all-linear r=16"]["losses"], found["PEFT, all-linear r=16"]["losses"]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours != pytest.approx(found["full fine-tuning"]["losses"], rel=1e-5)
+    assert ours[0] != ours[-1]  # it trains
+    text = gpu.as_markdown(found, options)
+    assert text.count("\n| ") == 4
+    assert "1.00" in text

@@ -84,22 +84,39 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "export": "bases config errors exact fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
+    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model spectrum values weights",  # noqa: E501
+    "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter arithmetic config errors hub optimizer pool registration training",  # the __init__
+    "hf_lora": "adapter analysis arithmetic config errors hub importers optimizer planning pool registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
+    "demo": "*",
     "cli": "*",
     "__main__": "*",
 }
 
 # What `import hf_lora` must not bring: every room but these is imported by it, at once or when a verb is used.
-LATE = {"quickstart", "recipe", "cli", "training", "__main__"}
-HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "ray", "rich", "rouge_score", "trl", "typer"}
+LATE = {"quickstart", "recipe", "demo", "cli", "training", "__main__"}
+HEAVY = {
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "gguf",
+    "gradio",
+    "matplotlib",
+    "peft",
+    "ray",
+    "rich",
+    "rouge_score",
+    "trl",
+    "typer",
+}
 
 
 def files() -> list[Path]:

@@ -1,9 +1,15 @@
 """The command `hf-lora`: a thin file for each command, which imports what it calls when it runs."""
 
 from . import (  # noqa: F401  # importing a command's file adds it to the app
+    analyze,
+    demo,
+    export,
+    extract,
+    import_,
     info,
     list,  # noqa: A004  # the command's own name
     merge,
+    plan,
     pull,
     push,
     quickstart,

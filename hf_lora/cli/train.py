@@ -11,7 +11,7 @@ import typer
 from .app import app
 from .output import Json, emit, stderr, stdout, stdout_is_ours
 
-__all__ = ["train"]
+__all__ = ["DType", "targets_of", "train"]
 
 
 class Task(str, enum.Enum):
@@ -163,7 +163,7 @@ def _changes(context: typer.Context, assignments: list[str]) -> dict[tuple[str, 
         value = context.params.get(parameter.name or "")
         if flag in _KEYS and value is not None:
             value = value.value if isinstance(value, enum.Enum) else value
-            found[tuple(_KEYS[flag].split("."))] = (_targets(value) if flag == "--targets" else value, flag)
+            found[tuple(_KEYS[flag].split("."))] = (targets_of(value) if flag == "--targets" else value, flag)
     if ("training", "num_train_epochs") in found:
         if ("training", "max_steps") in found:
             raise typer.BadParameter("--steps and --epochs exclude each other.")
@@ -179,7 +179,7 @@ def _changes(context: typer.Context, assignments: list[str]) -> dict[tuple[str, 
     return found
 
 
-def _targets(value: str) -> str | list[str]:
+def targets_of(value: str) -> str | list[str]:
     """Names with commas between; what holds anything else is a regular expression, and "all-linear" is itself."""
     names = [name.strip() for name in value.split(",")]
     plain = all(name.replace("_", "").replace(".", "").replace("-", "").isalnum() for name in names)

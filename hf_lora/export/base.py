@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .. import safefile
 from ..errors import LoRAFileError, LoRAHubError, LoRAUnsupportedError
 from ..hub_errors import translated
 
-__all__ = ["BaseFiles", "Stored", "open_base"]
+__all__ = ["BaseFiles", "Stored", "config_of", "open_base"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_JSON = 256 * 2**20  # bytes; the index of a model with 10⁵ experts has about 20 MiB
@@ -143,6 +144,29 @@ def open_base(name: str, *, revision: str | None = None, **options: Any) -> Base
     _refuse_quantised(name, config)
     shards = _shards(name, folder, fetch)
     return BaseFiles(name, folder, config, _tensors([fetch(shard) for shard in shards]))
+
+
+def config_of(name: str) -> Any:
+    """Transformers' config of a base in a folder or on the Hub (an existing folder wins); fetches no weights.
+
+    Raises:
+        LoRAFileError, LoRAHubError: there is none, or transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    around: Any = contextlib.nullcontext() if os.path.isdir(name) else translated(name, file="config.json")
+    try:
+        with around:
+            return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, LoRAFileError):
+            raise
+        raise LoRAFileError(
+            f"transformers cannot read the config of {name!r}: {str(error).splitlines()[0]}",
+            name="config.json",
+            value=name,
+            remedy="Give the base model's folder or id (--base).",
+        ) from error
 
 
 def _refuse_quantised(name: str, config: dict[str, Any]) -> None:

@@ -14,12 +14,12 @@ from ..bases import hub_id, is_local_path, same_base
 from ..errors import LoRAConfigError, LoRAError, LoRAMismatchError, LoRAUnsupportedError
 from ..fitting import make_plan
 from ..integrations.checkpoint_keys import Placed, auto_classes, dtype_of_keys, map_keys, meta_model, missing_is_fine
-from ..layerinfo import describe_layer
+from ..layerinfo import describe_layer, modules_of
 from ..values import AdapterValue, Factors
 from .base import BaseFiles, Stored
 from .shards import Spec
 
-__all__ = ["CHUNK", "Item", "MergePlan", "decide", "refuse_other_base"]
+__all__ = ["CHUNK", "Item", "MergePlan", "decide", "refuse_other_base", "stored_weights"]
 
 CHUNK = 16 * 2**20  # bytes read at a time where nothing has to be whole
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -156,6 +156,37 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
     return MergePlan(model, dtype, tuple(items), tuple(sorted(base.tensors.keys() - placed.keys())))
 
 
+def stored_weights(value: AdapterValue, base: BaseFiles) -> dict[str, tuple[Stored, bool]]:
+    """Module path → the base's tensor that its ΔW is added to, and whether it lies (in, out), not (out, in).
+
+    Layers whose weight does not stand in the files by itself are left out. Shapes are not compared.
+    """
+    config, best = _config(base), None
+    layers: dict[str, Any] = {}
+    more = [cls for auto in _AUTO.values() for cls in auto_classes(auto, config)[:1]]
+    for cls in dict.fromkeys([*_classes(value, base, config), *more]):  # the likeliest of those that fit alike
+        model = meta_model(cls, config, _dtype(base, config))
+        modules = modules_of(model)
+        there = {path: modules[path] for path in value.factors if path in modules}
+        if best is None or len(there) > len(layers):
+            best, layers = model, there
+        if len(layers) == len(value.factors):
+            break
+    if best is None:
+        raise _no_class(base)
+    files = _one_each(base, map_keys(best, base.tensors))
+    for target, source in best.all_tied_weights_keys.items():
+        for key, other in ((target, source), (source, target)):
+            if key not in files and other in files:
+                files[key] = files[other]
+    infos = {path: describe_layer(module) for path, module in layers.items()}
+    return {
+        path: (files[f"{path}.weight"], info.kind != "linear")
+        for path, info in infos.items()
+        if info is not None and f"{path}.weight" in files
+    }
+
+
 # ---- which model -----------------------------------------------------------------------------------------------------
 
 
@@ -221,9 +252,11 @@ def _fitting_model(value: AdapterValue, base: BaseFiles, config: Any, dtype: tor
         model.config.architectures = [cls.__name__]
         model.config.dtype = str(dtype).removeprefix("torch.")  # as save_pretrained writes it
         return model
-    if first is not None:
-        raise first
-    raise LoRAUnsupportedError(
+    raise first or _no_class(base)
+
+
+def _no_class(base: BaseFiles) -> LoRAUnsupportedError:
+    return LoRAUnsupportedError(
         f"The config of the base {base.name!r} names no class of transformers.",
         name="architectures",
         value=base.config.get("architectures"),

@@ -61,6 +61,7 @@ class Call:
     store: Store
     hub: HubApp
     viewer: User | None
+    kind: str = "model"  # of the repos that the address names
 
     @property
     def base(self) -> str:
@@ -68,7 +69,7 @@ class Call:
         return f"http://{self.request.headers['host']}"
 
     def repo(self, repo_id: str) -> Repo:
-        return self.store.find(repo_id, self.viewer)
+        return self.store.find(repo_id, self.viewer, self.kind)
 
     def files_of(self, repo_id: str) -> Repo:
         """The repo, if this visitor may read its files."""
@@ -162,6 +163,8 @@ class HubApp:
     async def _respond(self, request: Request, raw: str, token: str | None) -> Response:
         try:
             call = Call(request, self.store, self, None)
+            if raw.startswith(("/api/spaces/", "/spaces/")):  # the same, but for the word
+                raw, call.kind = raw.replace("/api/spaces/", "/api/models/").removeprefix("/spaces"), "space"
             for method, pattern, handler in ROUTES:
                 match = pattern.fullmatch(raw)
                 if match is not None and request.method in method.split("|"):

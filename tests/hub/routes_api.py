@@ -28,13 +28,16 @@ async def whoami(call: Call) -> Response:
 @route("POST", "/api/repos/create")
 async def create(call: Call) -> Response:
     body = await json_of(call.request)
-    if body.get("type") not in (None, "model"):
-        raise HubError(400, f"This hub holds models only, not {body['type']!r}")
+    kind = body.get("type") or "model"
+    if kind not in ("model", "space"):
+        raise HubError(400, f"This hub holds models and Spaces only, not {kind!r}")
+    if kind == "space" and body.get("sdk") not in ("gradio", "docker", "static"):
+        raise HubError(400, "A Space needs an SDK")
     namespace = body.get("organization") or call.user().name
     user, repo_id = call.writes(namespace), f"{namespace}/{body['name']}"
-    url = f"{call.base}/{repo_id}"
+    url = f"{call.base}/{'spaces/' if kind == 'space' else ''}{repo_id}"
     try:
-        call.store.create(repo_id, private=body.get("visibility") == "private", author=user.name)
+        call.store.create(repo_id, private=body.get("visibility") == "private", author=user.name, kind=kind)
     except HubError as error:
         error.body["url"] = url
         raise
@@ -150,7 +153,7 @@ async def search(call: Call) -> Response:
     query = call.request.query_params
     wanted, found = set(query.getlist("filter")), []
     for repo in list(call.store.repos.values()):
-        if not repo.visible_to(call.viewer):
+        if repo.kind != "model" or not repo.visible_to(call.viewer):
             continue
         info = info_of(call, repo, repo.resolve(MAIN))
         if not wanted <= {*info["tags"], info["library_name"], info["pipeline_tag"]}:

@@ -53,7 +53,7 @@ def _signed(call: Call, oid: str) -> None:
 
 @route("POST", "/{id}.git/info/lfs/objects/batch")
 async def batch(call: Call, id: str) -> Response:  # noqa: A002
-    repo = call.writable(id)
+    repo, place = call.writable(id), "spaces/" if call.kind == "space" else ""
     objects, transfer = [], "basic"
     for wanted in (await json_of(call.request))["objects"]:
         oid, size = wanted["oid"], wanted["size"]
@@ -63,7 +63,7 @@ async def batch(call: Call, id: str) -> Response:  # noqa: A002
             transfer = "multipart" if parts else transfer
             answer["actions"] = {
                 "upload": upload,
-                "verify": {"href": f"{call.base}/{repo.id}.git/info/lfs/objects/verify"},
+                "verify": {"href": f"{call.base}/{place}{repo.id}.git/info/lfs/objects/verify"},
             }
         objects.append(answer)
     return JSONResponse({"transfer": transfer, "objects": objects})

@@ -78,6 +78,7 @@ class Commit:
 class Repo:
     id: str
     private: bool = False
+    kind: str = "model"  # or "space"
     gated: Literal[False, "auto", "manual"] = False
     created: str = ""
     granted: set[str] = field(default_factory=set)  # users let into a gated repo
@@ -148,11 +149,11 @@ class Store:
         start = datetime.datetime(2030, 1, 1, tzinfo=datetime.timezone.utc)
         return (start + datetime.timedelta(seconds=self._ticks)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
-    def create(self, repo_id: str, *, private: bool = False, author: str = "hub") -> Repo:
+    def create(self, repo_id: str, *, private: bool = False, author: str = "hub", kind: str = "model") -> Repo:
         with self.lock:
             if repo_id in self.repos:
-                raise HubError(409, "You already created this model repo")
-            repo = Repo(repo_id, private=private, created=self._now())
+                raise HubError(409, f"You already created this {kind} repo")
+            repo = Repo(repo_id, private=private, kind=kind, created=self._now())
             self.repos[repo_id] = repo
             lines = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in self.lfs_patterns)
             attributes = self.put(lines.encode(), lfs=False)
@@ -171,9 +172,9 @@ class Store:
             repo.id, self.moved[old] = new, new
             self.repos[new] = repo
 
-    def find(self, repo_id: str, viewer: User | None) -> Repo:
+    def find(self, repo_id: str, viewer: User | None, kind: str = "model") -> Repo:
         repo = self.repos.get(self.moved.get(repo_id, repo_id))
-        if repo is None or not repo.visible_to(viewer):
+        if repo is None or repo.kind != kind or not repo.visible_to(viewer):
             raise no_repo(viewer)
         return repo
 
