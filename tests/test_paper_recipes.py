@@ -83,12 +83,14 @@ def test_every_system_of_every_profile_gives_a_recipe(run: Any) -> None:
 
     from hf_lora.recipe.document import read
 
-    for profile in ("hub", "local", "smoke"):
+    for profile in ("hub", "local", "local-long", "smoke"):
         for name in EXPERIMENTS:
             experiment = read(PAPER / "experiments" / f"{name}.yaml").content
             if "columns" in experiment:
                 cells = list(Grid(experiment, Profile.read(profile), Records(Path("none"))).cells())
                 assert cells, (profile, name)
+    long, short = (Profile.read(name).recipe("cola", "lora", {}, 0).training for name in ("local-long", "local"))
+    assert ("max_steps" in short, "max_steps" in long, long["num_train_epochs"]) == (True, False, 5)
 
 
 def test_all_systems_run_and_stand_in_the_table(smoke: Any, peft: Any) -> None:

@@ -75,9 +75,12 @@ class Profile:
 
     @classmethod
     def read(cls, name: str, **options: Any) -> Profile:
-        """A profile by name, or by its file."""
+        """A profile by name, or by its file; one that `extends` another goes over it."""
         path = Path(name) if name.endswith(".yaml") else FOLDER / "profiles" / f"{name}.yaml"
-        return cls(path.stem, read_yaml(path).content, **options)
+        content: Mapping[str, Any] = read_yaml(path).content
+        if "extends" in content:
+            content = merged(cls.read(content["extends"]).content, content)
+        return cls(path.stem, content, **options)
 
     def recipe(self, task: str, method: str, system: Mapping[str, Any], seed: int) -> Recipe:
         """The recipe of one run."""
@@ -98,8 +101,8 @@ class Profile:
             {"seed": seed},
         ):
             content = merged(content, layer)
-        if content["training"].get("max_steps") is not None:
-            content["training"].pop("num_train_epochs", None)
+        by_steps = content["training"].get("max_steps") is not None
+        content["training"].pop("num_train_epochs" if by_steps else "max_steps", None)
         for split in ("train", "eval"):
             if "file" in (content["data"].get(split) or {}):
                 content["data"][split]["file"] = str(self.work / content["data"][split]["file"])
