@@ -44,7 +44,7 @@ def table(results: Mapping[str, Any]) -> str:
     shown = (
         [(0, name) for name in columns[0]["metrics"]]
         if several
-        else [(c, col["metrics"][0]) for c, col in enumerate(columns)]
+        else [(c, columns[c]["metrics"][0]) for c in _measured(results)]
     )
     titles = [METRICS[name][0] if several else f"{columns[c]['name']} ({METRICS[name][0]})" for c, name in shown]
     lines = [
@@ -62,6 +62,11 @@ def table(results: Mapping[str, Any]) -> str:
     best = [f"{results['trivial'][c]['metrics'][name]:.2f} ({results['trivial'][c]['name']})" for c, name in shown]
     lines.append(f"| *no model* | 0 | | {' | '.join(best)} | |")
     return "\n".join(lines)
+
+
+def _measured(results: Mapping[str, Any]) -> list[int]:
+    """The columns that something was run for."""
+    return [c for c in range(len(results["columns"])) if any(row["columns"][c] for row in results["rows"])]
 
 
 def _number(entry: Mapping[str, Any] | None, name: str) -> str:
@@ -105,8 +110,11 @@ def _setting(results: Mapping[str, Any]) -> str:
         return str(results.get("setting", ""))
     lines = [
         f"- {col['name']}: {col['base']}, {col['train']:,} training examples, measured on {col['eval']:,}."
-        for col in results["columns"]
+        for col in (results["columns"][c] for c in _measured(results))
     ]
+    missing = [col["name"] for c, col in enumerate(results["columns"]) if c not in _measured(results)]
+    if missing:
+        lines.append(f"- Not run yet: {', '.join(missing)}. The same command goes on from the records.")
     return "\n".join([*lines, "- The second number of “trainable” is the new head of the classification."])
 
 
