@@ -58,6 +58,9 @@ NOT_CORE = {
     "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
     "test_package.py",
+    "test_paper_methods.py",
+    "test_paper_metrics.py",
+    "test_paper_recipes.py",
     "test_planning.py",  # a model of transformers before 5.6 with rotary positions does not run on meta
     "test_pool_soak.py",
     "test_quickstart.py",

@@ -1,0 +1,1 @@
+"""What `recipes/paper/run.py` is made of."""

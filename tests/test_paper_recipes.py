@@ -1,0 +1,204 @@
+"""recipes/paper: a few steps of every experiment on tiny bases and real data, and what the runner promises."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from smallbase import save_base
+
+from hf_lora.recipe import Recipe
+
+pytest.importorskip("evaluate", reason="evaluate is not installed: install hf_lora[test]")
+
+PAPER = Path(__file__).resolve().parents[1] / "recipes" / "paper"
+EXPERIMENTS = sorted(path.stem for path in (PAPER / "experiments").glob("*.yaml"))
+TASKS = sorted(path.stem for path in (PAPER / "tasks").glob("*.yaml"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(PAPER))
+    import run
+    from paper_parts import studies  # noqa: F401
+
+    # Each end of a training collects garbage, half a second of looking through all that was imported.
+    monkeypatch.setattr(gc, "collect", lambda *generation: 0)
+    return run
+
+
+@pytest.fixture
+def smoke(run: Any, shared: Path, tmp_path: Path) -> Any:
+    """`smoke("table2", …)` runs an experiment with the smoke profile, tiny bases and the published files."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2}
+    bert = save_base(transformers.BertModel(transformers.BertConfig(**sizes)), tmp_path / "bert")
+    llama = save_base(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), tmp_path / "llama")
+    text = (PAPER / "profiles" / "smoke.yaml").read_text().replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(llama))
+    text = text.replace("all:\n", f"base: {llama}\nall:\n  base: {{model: {bert}, dtype: float32}}\n", 1)
+    text = text.replace("  e2e:\n", f"  e2e:\n    base: {{model: {llama}}}\n", 1)
+    profile = tmp_path / "smoke.yaml"
+    profile.write_text(text)
+    folders = ["--data", str(shared / "data"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+
+    def go(name: str, *options: str) -> dict[str, Any]:
+        run.main([name, "--profile", str(profile), *folders, *options])
+        return json.loads((tmp_path / "out" / f"{name}.json").read_text())
+
+    go.folder = tmp_path  # type: ignore[attr-defined]
+    return go
+
+
+def test_every_task_is_a_recipe_of_hf_lora_train() -> None:
+    for name in TASKS:
+        recipe = Recipe.load(PAPER / "tasks" / f"{name}.yaml")
+        assert recipe.data.train.dataset, name  # from the Hub, with the paper's hyper-parameters
+        assert recipe.lora.target_modules == ("q", "v")
+    table = {  # the paper's table 9: batch, epochs, learning rate
+        "mnli": (16, 30, 5e-4),
+        "sst2": (16, 60, 5e-4),
+        "mrpc": (16, 30, 4e-4),
+        "cola": (32, 80, 4e-4),
+        "qnli": (32, 25, 4e-4),
+        "qqp": (16, 25, 5e-4),
+        "rte": (32, 80, 5e-4),
+        "stsb": (16, 40, 4e-4),
+        "e2e": (8, 5, 2e-4),
+    }
+    for name, (batch, epochs, rate) in table.items():
+        training = Recipe.load(PAPER / "tasks" / f"{name}.yaml").training
+        assert training["per_device_train_batch_size"] == batch
+        assert training["num_train_epochs"] == epochs
+        assert training["learning_rate"] == rate
+
+
+def test_every_system_of_every_profile_gives_a_recipe(run: Any) -> None:
+    from paper_parts.grid import Grid
+    from paper_parts.sweep import Records
+    from paper_parts.tasks import Profile
+
+    from hf_lora.recipe.document import read
+
+    for profile in ("hub", "local", "local-long", "smoke"):
+        for name in EXPERIMENTS:
+            experiment = read(PAPER / "experiments" / f"{name}.yaml").content
+            if "columns" in experiment:
+                cells = list(Grid(experiment, Profile.read(profile), Records(Path("none"))).cells())
+                assert cells, (profile, name)
+    long, short = (Profile.read(name).recipe("cola", "lora", {}, 0).training for name in ("local-long", "local"))
+    assert ("max_steps" in short, "max_steps" in long, long["num_train_epochs"]) == (True, False, 5)
+
+
+def test_all_systems_run_and_stand_in_the_table(smoke: Any, peft: Any) -> None:
+    from paper_parts.methods import METHODS
+
+    scores = smoke("table2", "--task", "stsb", "--method", "ft", "--method", "lora", "--method", "few-shot")
+    assert scores["trivial"][0]["name"] == "shared words"
+    assert scores["trivial"][0]["all"]["mean score"]["pearson"] == 0
+    assert scores["rows"][1]["head"] == 65
+    found = smoke("table2", "--task", "cola")
+    names = {row["method"] for row in found["rows"]}
+    assert names == set(METHODS)
+    for row in found["rows"]:
+        for column, entry in zip(found["columns"], row["columns"], strict=True):
+            assert entry["metrics"].keys() == set(column["metrics"])
+            assert {"low", "high"} <= entry["above trivial"].keys()
+    page = (smoke.folder / "out" / "table2.md").read_text()
+    assert "LoRA − FT" in page
+    assert "--data FOLDER" in page
+    assert str(smoke.folder) not in page
+    assert all(word in page for word in ("commonest class", "What the paper found"))
+
+
+def test_texts_are_written_and_measured(smoke: Any, peft: Any) -> None:
+    found = smoke("table3")
+    assert found["columns"][0]["metrics"] == ["bleu", "nist", "rouge_l", "cider", "meteor"]
+    assert all(row["columns"][0] is not None for row in found["rows"])
+    records = [json.loads(line) for line in (smoke.folder / "out" / "runs.jsonl").read_text().splitlines()]
+    assert all(len(record["predictions"]) == 4 for record in records)
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n not in ("table2", "table3", "tune")])
+def test_every_other_experiment_runs(name: str, smoke: Any, peft: Any) -> None:
+    if name in ("figures3-4", "table7"):
+        pytest.importorskip("hf_lora.analysis")
+    some = ("--method", "lora", "--method", "adapter-l", "--method", "bitfit") if name == "figure2" else ()
+    found = smoke(name, *some)
+    assert found["command"].startswith(f"python recipes/paper/run.py {name}")
+    assert (smoke.folder / "out" / f"{name}.md").stat().st_size > 300
+    if name.startswith("table5"):
+        assert len({row["trainable"] for row in found["rows"]}) == 1  # one budget
+    if name == "table1":
+        assert found["variants"][0]["name"] == "base, or LoRA merged by hand"
+    if name == "costs":
+        assert found["gpt3"]["trainable"] == 18_874_368
+        ft, *_, lora = found["rows"]
+        assert lora["optimizer"] < ft["optimizer"]
+        assert lora["gradients"] == 4 * lora["trainable"]
+
+
+def test_a_stopped_sweep_goes_on_and_a_changed_setting_runs_again(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paper_parts import grid
+
+    real, calls = grid.train.run, []
+
+    def counted(recipe: Any, system: Any, data: Any, **options: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(system["lora"]["r"])
+        return real(recipe, system, data, **options)
+
+    monkeypatch.setattr(grid.train, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        smoke("table6")
+    runs = smoke.folder / "out" / "runs.jsonl"
+    assert len(runs.read_text().splitlines()) == 2
+    calls.clear()
+    calls.append(-1)  # one more may run before the next stop
+    with pytest.raises(KeyboardInterrupt):
+        smoke("table6")
+    assert calls == [-1, 4]
+    monkeypatch.setattr(grid.train, "run", lambda *a, **o: calls.append("again") or real(*a, **o))
+    calls.clear()
+    smoke("table6")
+    assert calls == ["again"] * 2
+    calls.clear()
+    smoke("table6")
+    assert calls == []
+    smoke("table6", "--set", "training.learning_rate=1e-5")
+    assert len(calls) == 5
+    monkeypatch.setattr(grid.train, "run", None)
+    assert len(smoke("table6", "--report")["rows"]) == 5
+
+
+def test_the_files_are_read_as_published(run: Any, shared: Path, tmp_path: Path) -> None:
+    from paper_parts import files
+
+    counts = {
+        ("sst2", "train"): 6920,
+        ("sst2", "dev"): 872,
+        ("cola", "train"): 8551,
+        ("cola", "dev"): 1043,
+        ("mrpc", "train"): 4076,
+        ("mrpc", "dev"): 1725,
+        ("rte", "train"): 2490,
+        ("rte", "dev"): 277,
+        ("stsb", "train"): 5749,
+        ("stsb", "dev"): 1500,
+        ("e2e", "train"): 4672,
+        ("e2e", "dev"): 4693,
+    }
+    assert counts.keys() == files.SPLITS.keys()
+    for task, split in counts:
+        files.rewrite(task, shared / "data", tmp_path)
+        rows = [json.loads(line) for line in (tmp_path / task / f"{split}.jsonl").read_text().splitlines()]
+        assert len(rows) == counts[task, split]
+        assert all(str(value) != "" for row in rows for value in row.values())
+    first = json.loads((tmp_path / "rte" / "dev.jsonl").read_text().splitlines()[0])
+    assert (first["label"], first["sentence2"]) == (1, "Christopher Reeve had an accident.")
+    with pytest.raises(files.MissingDataError, match="--data"):
+        files.rewrite("sst2", tmp_path / "nowhere", tmp_path)
