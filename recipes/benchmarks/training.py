@@ -1,6 +1,6 @@
 """What a step of LoRA costs: the limit, full fine-tuning, hf_lora and PEFT side by side, each in its turn.
 
-    python recipes/benchmarks/training.py [--rounds 6] [--shapes 4x128] [--dtypes float32] [--threads 1] [--out docs/benchmarks]
+    python recipes/benchmarks/training.py [--rounds 6] [--shapes 4x128] [--dtypes float32] [--threads 1]
 
 The limit is the frozen base's forward and the gradient of each layer's input. Sections: time, parts (of hf_lora's step,
 from torch's profiler), saved (bytes kept for the backward). Gradients are compared before anything is timed. Writes
