@@ -47,10 +47,7 @@ class _LoRALinear(torch.autograd.Function):
         seed: int,
         keep: bool,
     ) -> Tensor:
-        output = F.linear(x, weight, bias)
-        inner = x if not p else zeroed(x, dropped(x, p, seed))
-        h = _narrow(A, inner)
-        output.view(-1, weight.shape[0]).addmm_(h.t(), _scaled(B, scale, x.dtype).t())
+        output, h = _forward(x, weight, bias, A, B, scale, p, seed)
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         again = need_B and not keep
         ctx.save_for_backward(
@@ -115,6 +112,16 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, dA, dB, None, None, None, None
 
 
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The output, (..., out), and h, (R, M)."""
+    output = F.linear(x, weight, bias)
+    h = _narrow(A, zeroed(x, dropped(x, p, seed)) if p else x)
+    output.view(-1, weight.shape[0]).addmm_(h.t(), _scaled(B, scale, x.dtype).t())
+    return output, h
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -156,9 +163,11 @@ def lora_linear(
     Returns:
         (..., out).
     """
-    if p and seed is None:
-        seed = draw_seed()
-    output: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale / (1 - p), p, seed, keep)
+    seed = 0 if not p else draw_seed() if seed is None else seed
+    given = (x, weight, bias, A, B, scale / (1 - p), p, seed)
+    if not torch.is_grad_enabled():
+        return _forward(*given)[0]  # the same bits, and no node to make
+    output: Tensor = _LoRALinear.apply(*given, keep)
     return output
 
 

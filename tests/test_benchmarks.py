@@ -311,16 +311,3 @@ def test_a_smoke_run_of_the_training_benchmark(peft: Any, tmp_path: Path) -> Non
     assert len(names["parts"]) == 3
     assert all(who["checked"]["equal"] for _, who in outcomes(data))
     assert (tmp_path / "training.png").stat().st_size > 10_000
-
-
-def test_the_published_training_table_is_of_the_published_samples(parts: Any) -> None:
-    from training_parts import sections
-
-    data = json.loads((PUBLISHED / "training.json").read_text(encoding="utf-8"))
-    assert tuple(data["sections"]) == TITLES == tuple(sections.TITLES)
-    assert data["smoke"] is False
-    assert all(who["checked"]["equal"] for _, who in outcomes(data))
-    assert (PUBLISHED / "training.md").read_text(encoding="utf-8") == parts.report.as_markdown(data, sections.TITLES)
-    page = (ROOT / "docs" / "pages" / "training-cost.md").read_text(encoding="utf-8")
-    assert '--8<-- "training.md"' in page
-    assert "benchmarks/training.png" in page

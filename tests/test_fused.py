@@ -405,3 +405,30 @@ def test_checkpointed_on_its_own(reentrant: bool, p: float) -> None:
     output = checkpoint(run, x, A, B, use_reentrant=reentrant)
     output.backward(numbers(*output.shape, seed=9))
     assert all(torch.equal(a, b) for a, b in zip((output, x.grad, A.grad, B.grad), expected, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_gradients_are_the_same_when_their_graph_is_kept(p: float) -> None:
+    (A, B), x, weight = pair(), numbers(40, WIDE, seed=1).requires_grad_(), numbers(OUT, WIDE, seed=5)
+    output = fused.lora_linear(x, weight, None, A, B, SCALE, p=p, seed=3)
+    kept_graph = torch.autograd.grad(output.sum(), (x, A, B), create_graph=True)
+    torch.testing.assert_close(kept_graph, torch.autograd.grad(output.sum(), (x, A, B)))
+
+
+@pytest.mark.parametrize("case", ["weighted", "two trained", "bias"])
+def test_mixtures_and_biases_are_the_generic_paths(
+    tiny: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    model = tiny("bert-cls" if case == "bias" else "llama")
+    if case == "two trained":
+        model.add_lora(LoRAConfig(r=2, target_modules="all-linear"), "second")
+    with_lora(model, bias="lora_only" if case == "bias" else "none").eval()
+    if case == "two trained":
+        model.train_lora(["default", "second"])
+        randomise(model)
+    if case != "bias":
+        model.set_lora({"default": 0.5, "second": 0.3} if case == "two trained" else {"default": 0.5})
+    inputs = batch(model)
+    mine = model(**inputs).logits
+    monkeypatch.setattr(fused, "fits", lambda *_: False)
+    torch.testing.assert_close(mine, model(**inputs).logits)

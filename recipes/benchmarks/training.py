@@ -1,6 +1,6 @@
 """What a step of LoRA costs: the limit, full fine-tuning, hf_lora and PEFT side by side, each in its turn.
 
-    python recipes/benchmarks/training.py [--rounds 6] [--threads 1] [--out docs/benchmarks]
+    python recipes/benchmarks/training.py [--rounds 6] [--shapes 4x128] [--dtypes float32] [--threads 1]
 
 The limit is the frozen base's forward and the gradient of each layer's input. Sections: time, parts (of hf_lora's step,
 from torch's profiler), saved (bytes kept for the backward). Gradients are compared before anything is timed. Writes
@@ -29,6 +29,8 @@ OUT = Path("docs") / "benchmarks"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="of the timings")
+    parser.add_argument("--shapes", help="rows and tokens of what is timed: 4x128,1x512 is the default")
+    parser.add_argument("--dtypes", help="of what is timed: float32,bfloat16 is the default")
     parser.add_argument("--threads", type=int, default=1, help="torch's; default 1: CPU time is what is measured")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder; default {OUT}")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="what to say when it was")
@@ -48,12 +50,22 @@ def main() -> None:
     sizes = steps.SMOKE if options.smoke else steps.FULL
     if options.rounds:
         sizes = dataclasses.replace(sizes, rounds=options.rounds)
+    timed = sizes
+    if options.shapes:
+        rows_and_tokens = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+        timed = dataclasses.replace(timed, shapes=tuple(rows_and_tokens))
+    if options.dtypes:
+        timed = dataclasses.replace(timed, dtypes=tuple(getattr(torch, name) for name in options.dtypes.split(",")))
     torch.set_num_threads(options.threads)
-    measures = {"time": sections.measure_time, "parts": sections.measure_parts, "saved": sections.measure_saved}
+    measures = {
+        "time": (sections.measure_time, timed),
+        "parts": (sections.measure_parts, timed),
+        "saved": (sections.measure_saved, sizes),
+    }
     machine, start, found = report.machine(), time.perf_counter(), {}
-    for key, measure in measures.items():
+    for key, (measure, sizes_of) in measures.items():
         began = time.perf_counter()
-        found[key] = measure(sizes)
+        found[key] = measure(sizes_of)
         report.show(key, found[key], time.perf_counter() - began, sections.TITLES)
     facts = {
         "command": "python recipes/benchmarks/training.py" + "".join(f" {a}" for a in sys.argv[1:]),
