@@ -40,6 +40,8 @@ def seedable(x: Tensor) -> bool:
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """Which entries of x are dropped: their places in its flattened form, ascending (int64); or a mask of its shape."""
+    if x.is_meta:
+        return torch.empty(int(p * x.numel()), dtype=torch.int64, device="meta")
     if x.device.type != "cpu" or p > _SPARSE:
         generator = torch.Generator(x.device).manual_seed(seed)
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p, generator=generator)

@@ -28,8 +28,8 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and seedable(x)
-        and not torch.is_autocast_enabled(x.device.type)
+        and (seedable(x) or (x.is_meta and not torch.compiler.is_compiling()))  # on meta: `plan` counts what is kept
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
     )
 
 

@@ -67,10 +67,11 @@ class LoRASlots(LoRABanks):
     def fused(self, x: Tensor, base: nn.Module) -> Tensor | None:
         """The output of a dense base + what the active adapters add to it, where one operation does both.
 
-        That is where one adapter is active here, and trainable, and the base is frozen and of x's dtype. Whether
-        autograd records makes no difference, so that a checkpointed region draws what its recompute draws.
+        That is in training mode, where one adapter is active here, and trainable, and the base is frozen and of x's
+        dtype. Whether autograd records makes no difference, so that a checkpointed region draws what its recompute
+        draws. In eval mode the sums are those of a frozen adapter, bit for bit.
         """
-        if tracing():
+        if not self.training or tracing():
             return None
         found: tuple[int, Slot, float] | None = None
         for entry, weight in self.state.current.mixture:
