@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import add_kept, draw_seed, dropout_reference, dropped, seedable, zeroed
+from .errors import LoRAUnsupportedError
 
 __all__ = ["fits", "lora_linear", "lora_linear_reference"]
 
@@ -95,7 +96,10 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, A, B, h = ctx.saved_tensors
     need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
     if need_B and need_x and x is None:
-        raise NotImplementedError("A second derivative where A is frozen: nothing of x was kept for it.")
+        raise LoRAUnsupportedError(
+            "A second derivative through a layer whose A is frozen: nothing of its input was kept for it.",
+            remedy="Let A train too, or put the model into eval mode for this derivative.",
+        )
     dtype, kept = grad.dtype, torch.ones((), dtype=grad.dtype, device=grad.device)
     if ctx.p:
         kept = dropout_reference(grad.new_ones(ctx.shape), ctx.p, ctx.seed).ne_(0)

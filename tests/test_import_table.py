@@ -26,7 +26,7 @@ TABLE: dict[str, str] = {
     # mathematics and state
     "functional": "",
     "dropout": "",
-    "fused": "dropout",
+    "fused": "dropout errors",
     "sharding": "errors",
     "state": "errors",
     "routing": "errors state",
