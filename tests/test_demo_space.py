@@ -111,6 +111,7 @@ def test_a_push_that_is_refused_pushes_nothing(hub, adapters):
     [
         (("--adapters", "nowhere", "--push", "me/space"), "is no folder"),
         (("--adapters", ".", "--push", "me/space"), "holds no adapters"),
+        (("--adapters", "nowhere"), "is no folder"),
         (("--adapters", ".", "--batch-rows", "0"), "batch-rows"),
         (("--port", "70000"), "port"),
         (("--push", "me/space", "--timeout", "3", "--share"), "--share, --timeout"),

@@ -12,7 +12,7 @@ import torch
 from ..errors import LoRAUnsupportedError
 from .dispatch import Dispatcher, Stream
 from .engine import Engine
-from .library import Library
+from .library import Library, adapters_in
 from .problems import DemoError
 from .session import Demo
 from .settings import Settings
@@ -40,13 +40,14 @@ def require_gradio() -> None:
 def base_of(adapters: Path | None) -> str:
     """The base that the adapters of a folder name. Raises `DemoError` if they name none, or several."""
     named: dict[str, list[str]] = {}
-    for path in sorted(adapters.glob("*/adapter_config.json")) if adapters is not None else ():
+    for folder in adapters_in(adapters) if adapters is not None else ():
         try:
-            base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+            base = json.loads(text).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
             continue  # the library says what is wrong with it
         if isinstance(base, str) and base:
-            named.setdefault(base, []).append(path.parent.name)
+            named.setdefault(base, []).append(folder.name)
     if len(named) != 1:
         facts = [f"{base}: {', '.join(names)}" for base, names in named.items()]
         raise DemoError(
