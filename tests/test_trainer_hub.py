@@ -371,8 +371,20 @@ def test_trls_card_too(hub: Any, base: Any, tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_lora_pushes_as_stock(hub: Any, base: Any, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Waits(TrainerCallback):
+        """Stock Trainer writes the next weights over the file that a background push reads; then that push is lost."""
+
+        def __init__(self, run: Any) -> None:
+            self.run = run
+
+        def on_save(self, *args: Any, **kwargs: Any) -> None:
+            self.run.push_in_progress.wait_until_done()
+
     def pushed(where: str) -> dict[str, Any]:
         run = trainer(model_with(()), tmp_path / where / "run", hub_strategy="checkpoint", hub_model_id=f"me/{where}")
+        run.add_callback(Waits(run))
         run.train()
         run.push_to_hub(model_name="run")
         commits = reversed(hub.history(f"me/{where}"))
