@@ -175,6 +175,105 @@ def test_a_stopped_sweep_goes_on_and_a_changed_setting_runs_again(smoke: Any, mo
     assert len(smoke("table6", "--report")["rows"]) == 5
 
 
+def test_a_head_is_new_with_every_system_and_has_its_own_rate(
+    smoke: Any, peft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooler that was never used is not what a task begins with; a score begins at the mean of the labels."""
+    from paper_parts import methods, train
+    from paper_parts.tasks import TaskData
+
+    real, begun, groups = TaskData.model, [], []
+
+    def model(data: Any) -> Any:
+        made = real(data)
+        pooler, scorer = made.bert.pooler.dense, made.classifier
+        begun.append((pooler.weight.std().item(), pooler.bias.abs().max().item(), scorer.bias[0].item(), data))
+        return made
+
+    optimizer = train._optimizer
+
+    def seen(made: Any, *args: Any) -> Any:
+        chosen = optimizer(made, *args)
+        names = {id(p): name for name, p in made.named_parameters()}
+        groups.append([({names[id(p)] for p in g["params"]}, g["lr"]) for g in chosen.param_groups])
+        return chosen
+
+    monkeypatch.setattr(TaskData, "model", model)
+    monkeypatch.setattr(train, "_optimizer", seen)
+    text = (smoke.folder / "smoke.yaml").read_text()
+    (smoke.folder / "smoke.yaml").write_text(text + "head_learning_rate: 0.125\n")
+    some = [word for name in ("ft", "lora", "head", "prelayer") for word in ("--method", name)]
+    smoke("table2", "--task", "stsb", *some, "--set", "training.learning_rate=0.25")
+    assert len(begun) == len(groups) == 4
+    for deviation, shift, start, data in begun:
+        assert deviation == pytest.approx(64**-0.5, rel=0.1)  # 64 × 64 of them
+        assert shift == 0
+        assert start == pytest.approx(sum(float(e["labels"]) for e in data.train) / len(data.train))
+    ft, lora, head, prelayer = groups
+    for one in (ft, lora, prelayer):
+        (own, rate), (new, of_head) = one
+        assert (rate, of_head) == (0.25, 0.125)
+        assert own
+        assert not any(map(methods.is_head, own))
+        assert all(map(methods.is_head, new))
+        assert any("pooler" in name for name in new)
+    ((new, of_head),) = head
+    assert of_head == 0.125
+    assert new
+
+
+def test_a_task_goes_on_from_another_with_the_same_system_and_a_new_head(
+    smoke: Any, peft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paper_parts import methods, train
+
+    begun, kept, trained = [], [], []
+    begin, save, training = train._begin, train._save, train._train
+
+    def values(model: Any, head: bool) -> dict[str, Any]:
+        named = model.named_parameters()
+        return {n: p.detach().clone() for n, p in named if p.requires_grad and methods.is_head(n) == head}
+
+    def seen(model: Any, path: Path) -> None:
+        begin(model, path)
+        begun.append((values(model, False), values(model, True)))
+
+    monkeypatch.setattr(train, "_begin", seen)
+    monkeypatch.setattr(train, "_save", lambda m, p: kept.append((values(m, False), values(m, True))) or save(m, p))
+    monkeypatch.setattr(train, "_train", lambda *args: trained.append(args[2].name) or training(*args))
+    some = [word for name in ("ft", "lora", "prelayer", "head") for word in ("--method", name)]
+    smoke("table2", "--task", "mrpc", *some, "--set", "training.learning_rate=0.01")
+    assert trained == ["stsb", "mrpc", "stsb", "mrpc", "mrpc", "stsb", "mrpc"]
+    assert len(begun) == len(kept) == 3
+    for (start, fresh), (end, old) in zip(begun, kept, strict=True):
+        assert start.keys() == end.keys()
+        assert all((start[name] == end[name]).all() for name in end)
+        assert any(fresh[name].shape != old[name].shape or (fresh[name] != old[name]).any() for name in fresh)
+    smoke("table2", "--task", "stsb", *some, "--set", "training.learning_rate=0.01")
+    assert trained[7:] == ["stsb"]  # the head's; the others were run for MRPC
+    states = sorted((smoke.folder / "work" / "states").iterdir(), key=lambda path: path.stat().st_size)
+    assert len(states) == 3
+    (smoke.folder / "out" / "runs.jsonl").unlink()
+    states[2].write_bytes(states[0].read_bytes())
+    with pytest.raises(ValueError, match="of another system"):
+        smoke("table2", "--task", "mrpc", "--method", "ft", "--set", "training.learning_rate=0.01")
+
+
+def test_systems_of_one_seed_keep_to_the_profiles_tasks(run: Any) -> None:
+    from paper_parts.grid import Grid
+    from paper_parts.sweep import Records
+    from paper_parts.tasks import Profile
+
+    from hf_lora.recipe.document import read
+
+    experiment = read(PAPER / "experiments" / "table2.yaml").content
+    cells = list(Grid(experiment, Profile.read("local"), Records(Path("none"))).cells())
+    assert {c.task for c in cells if c.system["method"] == "lora"} == {"sst2", "cola", "mrpc", "rte", "stsb"}
+    assert {c.task for c in cells if c.system["method"] == "bitfit"} == {"sst2", "stsb"}
+    every = list(Grid(experiment, Profile.read("local-long"), Records(Path("none"))).cells())
+    assert {c.task for c in every if c.system["method"] == "bitfit"} == {"sst2", "cola", "mrpc", "rte", "stsb"}
+
+
 def test_the_files_are_read_as_published(run: Any, shared: Path, tmp_path: Path) -> None:
     from paper_parts import files
 

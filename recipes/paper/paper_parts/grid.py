@@ -93,14 +93,20 @@ class Grid:
             raise SystemExit("Nothing is left to run: check --task and --method.")
         for column in self.columns:
             profile.rewrite(column["task"])
+            profile.rewrite(self._starts.get(column["task"], column["task"]))
 
     def cells(self) -> Iterator[Cell]:
         """All runs: by column, then seed, so that a stopped sweep has whole tables of few seeds."""
         for column in self.columns:
             for seed in range(self.seeds):
                 for system in self.systems:
-                    if seed < int(system.get("seeds", 1)):
+                    if seed < int(system.get("seeds", 1)) and self._wanted(system, column):
                         yield self.cell(system, column, seed)
+
+    def _wanted(self, system: Mapping[str, Any], column: Mapping[str, Any]) -> bool:
+        """A profile may keep the systems that a table gives one seed to some of its tasks."""
+        few = self.profile.get("one_seed_tasks")
+        return few is None or int(system.get("seeds", 1)) > 1 or column["task"] in few
 
     def cell(self, system: Mapping[str, Any], column: Mapping[str, Any], seed: int) -> Cell:
         """One run."""
@@ -124,6 +130,9 @@ class Grid:
         }
         if method.trains:
             settings |= {"base": data.found.name, "training": recipe.to_dict().get("training", {})}
+            settings["head_rate"] = self._head_rate(data)
+            if (start := self._start(cell)) is not None:
+                settings["start"] = self.key(start)
             settings["size"] = {k: cell.system[k] for k in ("bottleneck", "dropped", "tokens") if k in cell.system}
             if cell.system["method"].startswith("lora"):
                 settings["lora"] = recipe.to_dict().get("lora", {})
@@ -133,30 +142,66 @@ class Grid:
             settings["generation"] = dict(self.profile.get("generation", {}))
         return key_of(settings)
 
+    @property
+    def _starts(self) -> Mapping[str, str]:
+        """Task -> the task that was trained before it, as the paper starts some from its MNLI adapter."""
+        return self.profile.get("start") or {}
+
+    def _start(self, cell: Cell) -> Cell | None:
+        """The run that a run goes on from: the same system and seed on the task before."""
+        task = self._starts.get(cell.task)
+        if task is None or not self._has_own(cell):
+            return None
+        return self.cell(cell.system, {"task": task}, cell.seed - int(cell.system.get("first_seed", 0)))
+
+    @staticmethod
+    def _has_own(cell: Cell) -> bool:
+        """Whether the system trains more than a head."""
+        return METHODS[cell.system["method"]].trains and cell.system["method"] != "head"
+
+    def _state(self, cell: Cell) -> Path:
+        return self.profile.work / "states" / f"{self.key(cell)}.safetensors"
+
+    def _head_rate(self, data: TaskData) -> float | None:
+        return None if data.task.kind == "text" else self.profile.get("head_learning_rate")
+
     def run(self, cell: Cell, step: Callable[[int, int], None], keep: Path | None = None) -> dict[str, Any]:
         """The record of a cell, from the file or from a run."""
         key = self.key(cell)
         kept = None if keep is None else keep / key
         if (record := self.records.get(key)) is not None and (kept is None or kept.is_dir()):
             return record
+        start, before = self._start(cell), None
+        if start is not None:
+            before = self._state(start)
+            if not before.exists():
+                self._train(start, step, state=before)
+        return self._train(cell, step, start=before, keep=kept)
+
+    def _train(self, cell: Cell, step: Callable[[int, int], None], **files: Path | None) -> dict[str, Any]:
+        data = self.data(cell)
+        if cell.task in self._starts.values() and self._has_own(cell):
+            files["state"] = self._state(cell)
         found = train.run(
             cell.recipe,
             cell.system,
-            self.data(cell),
+            data,
             generation=self.profile.get("generation", {}),
             shots=self.profile.get("few_shot", {}),
+            head_rate=self._head_rate(data),
             step=step,
-            keep=kept,
+            **files,
         )
-        data = self.data(cell)
         scored = {
             name: metrics.score(name, found["predictions"], data.references[: len(found["predictions"])])
             for name in data.task.metrics
         }
         if data.task.kind == "score":
             found["predictions"] = [round(value, 3) for value in found["predictions"]]
+        if (record := self.records.get(self.key(cell))) is not None:  # trained again for its state
+            return record
         return self.records.add(
-            key,
+            self.key(cell),
             {
                 "task": cell.task,
                 "method": cell.system["method"],

@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["Records", "key_of"]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -158,7 +158,11 @@ class TaskData:
     fingerprint: str
 
     def model(self) -> Any:
-        """The base with its weights, and with a new head where the task has classes."""
+        """The base with its weights, and with a new head where the task has classes or scores.
+
+        The pooler is of the head, as RoBERTa's head has both, so it is new, too: that of a sentence encoder was never
+        used and has decayed to almost nothing. A head for scores begins at their mean.
+        """
         if self.task.kind == "text":
             return copy.deepcopy(_language_model(self.found))
         config = copy.deepcopy(self.found.config)
@@ -167,9 +171,17 @@ class TaskData:
         config.pad_token_id = self.found.pad
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             **self.found.loading, config=config, dtype=self.found.dtype
         )
+        for name, module in model.named_modules():
+            if "pooler" in name.split(".") and isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                torch.nn.init.zeros_(module.bias)
+        if self.task.kind == "score":
+            last = [m for _, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1][-1]
+            torch.nn.init.constant_(last.bias, float(np.mean([example["labels"].item() for example in self.train])))
+        return model
 
 
 def _language_model(found: Found) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -35,14 +36,20 @@ def run(
     *,
     generation: Mapping[str, Any],
     shots: Mapping[str, Any],
+    head_rate: float | None = None,
     step: Step = lambda done, total: None,
+    start: Path | None = None,
+    state: Path | None = None,
     keep: Path | None = None,
 ) -> dict[str, Any]:
     """Train and predict. Returns the predictions and what they cost.
 
     Args:
+        head_rate: learning rate of a new head, the same for all systems; None: the system's own.
         system: the method's name and its sizes. generation: arguments of `generate`, for tasks of texts.
         shots: of few-shot prompting: base, count, max_eval. keep: folder to save a LoRA in.
+        start: a `state` of the same system, trained on another task, to begin from; the head is new.
+        state: file to save what was trained in, without the head.
     """
     from transformers import set_seed
 
@@ -54,19 +61,46 @@ def run(
     total = sum(p.numel() for p in model.parameters())
     model = methods.apply(system["method"], model, size_of(recipe, system))
     own, head = methods.trainable(model)
+    if start is not None:
+        _begin(model, start)
     found: dict[str, Any] = {"trainable": own, "head": head, "total": total}
     if own + head:
-        found |= _train(model, recipe, data, step)
+        found |= _train(model, recipe, data, head_rate, step)
     began_to_predict = time.perf_counter()
     found["predictions"] = predict(model, data, recipe, generation)
     found["seconds_predicting"] = round(time.perf_counter() - began_to_predict, 2)
     found["seconds"] = round(time.perf_counter() - began, 2)
     if keep is not None:
         model.save_lora(keep)
+    if state is not None:
+        _save(model, state)
     return found
 
 
-def _train(model: Any, recipe: Recipe, data: TaskData, step: Step) -> dict[str, Any]:
+def _own(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and not methods.is_head(n)}
+
+
+def _save(model: Any, path: Path) -> None:
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in _own(model).items()}))
+    os.replace(temporary, path)
+
+
+def _begin(model: Any, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    own, found = _own(model), load_file(path)
+    if own.keys() != found.keys():
+        raise ValueError(f"{path} is of another system: {sorted(own.keys() ^ found.keys())[:3]}. Remove it.")
+    for name, value in own.items():
+        value.copy_(found[name])
+
+
+def _train(model: Any, recipe: Recipe, data: TaskData, head_rate: float | None, step: Step) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -94,6 +128,7 @@ def _train(model: Any, recipe: Recipe, data: TaskData, step: Step) -> dict[str, 
             train_dataset=data.train,
             data_collator=lambda examples: collate(examples, data.found.pad),
             callbacks=[Progress()],
+            optimizers=(_optimizer(model, arguments, head_rate), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -104,6 +139,23 @@ def _train(model: Any, recipe: Recipe, data: TaskData, step: Step) -> dict[str, 
         "loss": round(output.training_loss, 4),
         "seconds_training": round(time.perf_counter() - began, 2),
     }
+
+
+def _optimizer(model: Any, arguments: Any, head_rate: float | None) -> Any:
+    """Trainer's AdamW with a rate of the head's own; None: Trainer makes one."""
+    if head_rate is None:
+        return None
+    groups: dict[bool, list[Any]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[methods.is_head(name)].append(parameter)
+    rates = {False: arguments.learning_rate, True: head_rate}
+    return torch.optim.AdamW(
+        [{"params": found, "lr": rates[head]} for head, found in groups.items() if found],
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+    )
 
 
 def predict(model: Any, data: TaskData, recipe: Recipe, generation: Mapping[str, Any]) -> list[Any]:
