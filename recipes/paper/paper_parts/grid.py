@@ -87,7 +87,12 @@ class Grid:
         systems = experiment["systems"]
         if isinstance(systems, Mapping):
             systems = systems.get(profile.name, systems.get(profile.get("like", ""), systems.get("all")))
-        self.systems = [system for system in systems if methods is None or system["method"] in methods]
+        alike = profile.get("like", profile.name)
+        self.systems = [
+            system
+            for system in systems
+            if (methods is None or system["method"] in methods) and alike in system.get("profiles", (alike,))
+        ]
         self.seeds = seeds if seeds is not None else int(profile.get("seeds", 1))
         if not self.columns or not self.systems:
             raise SystemExit("Nothing is left to run: check --task and --method.")
