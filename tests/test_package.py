@@ -92,29 +92,19 @@ print("alone")
 
 # ---- the import ------------------------------------------------------------------------------------------------------
 
-COST = """
-import time
+NEW = """
 from transformers import PreTrainedModel
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 import hf_lora
-took = time.process_time() - start
-new = {name.split(".")[0] for name in set(sys.modules) - before}
+new = set(sys.modules) - before
 late = {"transformers.trainer", "transformers.pipelines", "transformers.models.auto.auto_factory"} & set(sys.modules)
-print(took, *sorted(new | (late - before)))
+print(*sorted({name.split(".")[0] for name in new} | late))
 """
-HEAVY = {"accelerate", "datasets", "evaluate", "gguf", "gradio", "peft", "rich", "rouge_score", "typer"}
 
 
 def test_the_import_is_cheap():
-    """In seconds of CPU, as other tests use the same cores; recipes/benchmarks/import_time.py times it by the clock."""
-    took = []
-    for _ in range(3):
-        seconds, *new = python(COST).split()
-        assert not {name for name in new if name in HEAVY or name.startswith("transformers.")}
-        took.append(float(seconds))
-        if took[-1] <= 0.15:
-            return
-    raise AssertionError(f"import hf_lora took {took} seconds beyond PreTrainedModel")
+    """Beyond PreTrainedModel it imports its own files and nothing else; recipes/benchmarks/import_time.py times it."""
+    assert python(NEW).split() == ["hf_lora"]
 
 
 # ---- the repository --------------------------------------------------------------------------------------------------
