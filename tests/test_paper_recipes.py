@@ -259,6 +259,17 @@ def test_a_task_goes_on_from_another_with_the_same_system_and_a_new_head(
         smoke("table2", "--task", "mrpc", "--method", "ft", "--set", "training.learning_rate=0.01")
 
 
+def test_the_readme_shows_the_published_table_and_figure() -> None:
+    root = PAPER.parents[1]
+    page = (root / "docs" / "results" / "table2.md").read_text(encoding="utf-8")
+    table = page.partition("[start:table] -->\n")[2].partition("<!-- --8<-- [end")[0]
+    assert table.count("\n") > 10
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert table in readme
+    assert '<img src="docs/results/figure2.png"' in readme
+    assert (root / "docs" / "results" / "figure2.png").is_file()
+
+
 def test_systems_of_one_seed_keep_to_the_profiles_tasks(run: Any) -> None:
     from paper_parts.grid import Grid
     from paper_parts.sweep import Records
