@@ -180,7 +180,9 @@ def test_malformed_configs(folder, text, match):
         ({"r": 10**30}, LoRAFileError, "the config says 1000"),
         ({"r": -1}, LoRAConfigError, "r=-1"),
         ({"peft_type": "ADALORA"}, LoRAUnsupportedError, "ADALORA"),
-        ({"use_dora": True}, LoRAUnsupportedError, "use_dora=True"),
+        ({"use_qalora": True}, LoRAUnsupportedError, "use_qalora=True"),
+        ({"use_dora": True}, LoRAFileError, "has no lora_magnitude_vector, which use_dora=true needs"),
+        ({"lora_bias": True}, LoRAFileError, "has no lora_B.bias, which lora_bias=true needs"),
         ({"never_heard_of": {"x": 1}}, LoRAUnsupportedError, "never_heard_of"),
         ({"init_lora_weights": "pissa"}, LoRAUnsupportedError, "path_initial_model_for_weight_conversion"),
         ({"rank_pattern": {"(": 3}}, LoRAConfigError, "not a regular expression"),
@@ -263,9 +265,6 @@ def test_tensors_that_do_not_fit_are_listed(folder, tensors, match):
 @pytest.mark.parametrize(
     ("name", "shape", "match"),
     [
-        ("h.0.q.lora_magnitude_vector", (3,), "use_dora"),
-        ("h.0.q.lora_magnitude_vector.weight", (3,), "use_dora"),
-        ("h.0.q.lora_B.bias", (3,), "lora_bias"),
         ("emb.token_adapter.trainable_tokens_delta", (1, 2), "trainable_token_indices"),
         ("h.0.q.lora_E", (2, 1), "ADALORA"),
         ("h.0.q.lora_diag", (2,), "kasa_config"),

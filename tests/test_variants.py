@@ -1,0 +1,448 @@
+"""Variants: what each computes, held against PEFT and against W' written out in float64; and every verb with them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from loras import bits, logits, randomise
+from torch import nn
+
+from hf_lora import LoRAConfig
+from hf_lora.errors import LoRAFileError, LoRAUnsupportedError
+from hf_lora.values import AdapterValue
+
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "both": {"use_dora": True, "lora_bias": True},
+}
+KINDS = {  # kind of layer -> model, targets
+    "linear": ("llama", ["q_proj", "v_proj", "down_proj"]),
+    "linear with bias": ("bert", ["query", "output.dense"]),
+    "conv1d": ("gpt2", ["c_attn", "c_fc"]),
+    "embedding": ("llama", ["embed_tokens", "q_proj"]),
+}
+CASES = [
+    (variant, kind)
+    for variant in VARIANTS
+    for kind in KINDS
+    if kind != "embedding" or "lora_bias" not in VARIANTS[variant]
+]
+
+
+def made(tiny, variant, kind, *, seed=0, name="default", model=None, **changes):
+    """A model with a trainable adapter of random values; magnitudes stay near the norms."""
+    family, targets = KINDS[kind]
+    model = tiny(family) if model is None else model
+    config = LoRAConfig(**{"r": 4, "alpha": 6, "target_modules": targets, **VARIANTS[variant], **changes})
+    model.add_lora(config, name)
+    magnitudes = {k: p.detach().clone() for k, p in model.named_parameters() if ".magnitude" in k}
+    randomise(model, seed)
+    for key, norm in magnitudes.items():
+        parameter = model.get_parameter(key)
+        if parameter.requires_grad:
+            parameter.data.copy_(norm * (1 + parameter.data))
+    return model
+
+
+def agrees(ours, theirs, tolerance=1e-5):
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def written_out(base, value: AdapterValue, weight=1.0, into=None):
+    """A float64 copy of the base with W' and b' in place of W and b: the formulas, and none of the package's code."""
+    into = base if into is None else into
+    into.double()
+    for path, f in value.factors.items():
+        module, own = into.get_submodule(path), base.get_submodule(path)
+        turned = not isinstance(module, nn.Linear)
+        W = own.weight.detach().double()
+        W = W.T if turned else W
+        V = W + f.scaling * f.B.double() @ f.A.double()
+        if "magnitude" in f.extras:
+            V = f.extras["magnitude"].double()[:, None] * V / torch.linalg.vector_norm(V, dim=1, keepdim=True)
+        change = weight * (V - W)
+        with torch.no_grad():
+            module.weight += change.T if turned else change
+            if "offset" in f.extras:
+                shift = weight * f.scaling * f.extras["offset"].double()
+                if module.bias is None:
+                    module.bias = nn.Parameter(torch.zeros(len(shift), dtype=torch.float64))
+                module.bias += shift
+    return into
+
+
+# ---- step 0, and the forward -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "kind"), CASES)
+def test_step_zero_is_the_base(tiny, batch, variant, kind):
+    family, targets = KINDS[kind]
+    model = tiny(family)
+    inputs = batch(model)
+    before, state = logits(model, inputs), bits(model)
+    model.add_lora(LoRAConfig(r=4, target_modules=targets, dropout=0.1, **VARIANTS[variant]))
+    assert torch.equal(logits(model, inputs), before)
+    model.train_lora([])  # into the banks
+    assert torch.equal(logits(model, inputs), before)
+    model.train_lora("default")
+    model.remove_lora()
+    assert bits(model) == state
+    assert torch.equal(logits(model, inputs), before)
+
+
+@pytest.mark.parametrize(("variant", "kind"), CASES)
+def test_forward_is_the_formula(tiny, batch, variant, kind):
+    model = made(tiny, variant, kind)
+    inputs = batch(model)
+    value = model.lora_adapter("default")
+    expected = logits(written_out(tiny(KINDS[kind][0]), value), inputs).float()
+    agrees(logits(model, inputs), expected)
+    model.train_lora([])
+    agrees(logits(model, inputs), expected)
+    assert model.lora_adapter("default").equal(value)  # bit for bit, though it is folded in the banks
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+WITH_PEFT = [case for case in CASES if case[0] != "both"]  # PEFT refuses lora_bias with DoRA
+
+
+@pytest.mark.parametrize(("variant", "kind"), WITH_PEFT)
+def test_peft_loads_ours_and_we_load_peft(tiny, batch, peft, tmp_path, variant, kind):
+    model = made(tiny, variant, kind, use_rslora=kind == "conv1d")
+    inputs = batch(model)
+    ours = logits(model, inputs)
+    model.save_lora(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny(KINDS[kind][0]), str(tmp_path / "ours")).eval()
+    agrees(ours, logits(theirs, inputs))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = tiny(KINDS[kind][0])
+    for name, trainable in (("frozen", False), ("trainable", True)):
+        again.load_lora(tmp_path / "theirs", name=name, trainable=trainable)
+        again.set_lora(name)
+        agrees(logits(again, inputs), logits(theirs, inputs))
+
+
+@pytest.mark.parametrize("variant", ["dora", "lora_bias"])
+def test_gradients_and_a_step_are_pefts(tiny, batch, peft, tmp_path, variant):
+    model = made(tiny, variant, "linear with bias", dropout=0.0)
+    model.save_lora(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny("bert"), str(tmp_path), is_trainable=True).train()
+    inputs = batch(model)
+    found = []
+    for each in (model.train(), theirs):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        each(**inputs).last_hidden_state.square().sum().backward()
+        found.append([p.grad for n, p in each.named_parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1])
+    # By norm: the two name and order their parameters otherwise.
+    assert torch.allclose(
+        torch.stack(sorted((g.norm() for g in found[0]), key=float)),
+        torch.stack(sorted((g.norm() for g in found[1]), key=float)),
+        rtol=1e-4,
+    )
+
+
+def test_strict_files(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = made(tiny, "dora", "linear")
+    model.save_lora(tmp_path)
+    path, model = tmp_path / "adapter_model.safetensors", tiny("llama")
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("lora_magnitude_vector"))
+
+    def refused(changed, match, error=LoRAFileError):
+        save_file(changed, path)
+        with pytest.raises(error, match=match):
+            model.load_lora(tmp_path, name="x")
+
+    refused({k: v for k, v in tensors.items() if k != name}, "lora_magnitude_vector, which use_dora=true needs")
+    refused(tensors | {name: tensors[name][1:]}, "it should be a floating")
+    refused(tensors | {name: tensors[name].int()}, "it should be a floating")
+    refused(tensors | {name: tensors[name] * math.nan}, "not finite")
+    refused(tensors | {name.replace("magnitude_vector", "B.bias"): tensors[name].clone()}, "lora_bias=false")
+    odd = name.replace("q_proj", "k_proj").replace("v_proj", "k_proj").replace("down_proj", "k_proj")
+    refused(tensors | {odd: tensors[name].clone()}, "has no factors")
+    assert not hasattr(model, "_lora_state")
+    save_file({k.replace("_vector", "_vector.weight"): v for k, v in tensors.items()}, path)  # as PEFT 0.9 has it
+    model.load_lora(tmp_path, name="x")
+
+
+# ---- switch, route, mix ----------------------------------------------------------------------------------------------
+
+
+def zoo(tiny, kind="linear"):
+    """Two DoRAs, lora_bias, both and a plain adapter on one model, frozen; and their values."""
+    model = None
+    for seed, (name, variant) in enumerate(
+        [("dora", "dora"), ("dora2", "dora"), ("biased", "lora_bias"), ("both", "both"), ("plain", None)]
+    ):
+        VARIANTS.setdefault(None, {})
+        model = made(tiny, variant, kind, seed=seed, name=name, model=model, r=2 + seed)
+    del VARIANTS[None]
+    model.train_lora([])
+    return model
+
+
+@pytest.mark.parametrize("trained", [(), ("dora",), ("both", "biased", "dora2")])
+def test_rows_of_a_route_are_what_each_adapter_gives(tiny, batch, trained):
+    model = zoo(tiny, "linear with bias")
+    names = ["dora", None, "plain", "both", "dora2", "biased", "dora"]
+    inputs = batch(model, rows=len(names))
+    alone = []
+    for name in names:
+        model.set_lora(name)
+        alone.append(logits(model, inputs))
+    model.train_lora(trained)
+    model.set_lora(None)
+    with model.route_lora(names):
+        routed = logits(model, inputs)
+    for row in range(len(names)):
+        agrees(routed[row], alone[row][row])
+    with model.route_lora(["dora"] * len(names)):
+        agrees(logits(model, inputs), alone[0])
+
+
+MIXTURES = [{"dora": 0.6, "dora2": -0.3}, {"dora": 0.5, "plain": 1.0, "both": 0.25}, {"biased": 2.0}, ["dora", "dora2"]]
+
+
+@pytest.mark.parametrize("trained", [(), ("dora", "both")])
+@pytest.mark.parametrize("mixture", MIXTURES, ids=str)
+def test_a_mixture_adds_changes_of_the_weight(tiny, batch, mixture, trained):
+    model = zoo(tiny, "linear with bias")
+    inputs = batch(model)
+    base = tiny("bert")
+    weights = mixture if isinstance(mixture, dict) else dict.fromkeys(mixture, 1.0)
+    into = None
+    for name, weight in weights.items():
+        into = written_out(base, model.lora_adapter(name), weight, tiny("bert") if into is None else into)
+    expected = logits(into, inputs).float()
+    model.train_lora(trained)
+    model.set_lora(mixture)
+    agrees(logits(model, inputs), expected)
+    model.merge_lora()
+    agrees(logits(model, inputs), expected)
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear with bias", "conv1d"])
+def test_merge_and_unmerge_every_bit(tiny, batch, kind, dtype):
+    model = zoo(tiny, kind).to(dtype)
+    inputs, fresh = batch(model), {}
+    before = bits(model)
+    for which in ("dora", "both", {"dora": 0.5, "biased": 1.0, "plain": 2.0}):
+        model.set_lora(which)
+        expected = logits(model, inputs).float()
+        model.merge_lora()
+        agrees(logits(model, inputs).float(), expected, 1e-5 if dtype == torch.float32 else 0.05)
+        fresh[str(which)] = bits(model)
+        model.unmerge_lora()
+        assert bits(model) == before
+    model.merge_lora("dora2")
+    for which in ("both", {"dora": 0.5, "biased": 1.0, "plain": 2.0}, "dora"):  # B after A is B alone
+        model.merge_lora(which, replace=True)
+        assert bits(model) == fresh[str(which)]
+    model.unmerge_lora()
+    assert bits(model) == before
+
+
+def test_an_offset_cannot_be_merged_where_there_is_no_bias(tiny):
+    model = zoo(tiny)
+    before = bits(model)
+    for which in ("biased", {"dora": 1.0, "both": 1.0}):
+        with pytest.raises(LoRAUnsupportedError, match="none, so it cannot be merged"):
+            model.merge_lora(which)
+    assert bits(model) == before
+    model.merge_lora("dora")
+    with pytest.raises(LoRAUnsupportedError, match="cannot be merged"):
+        model.merge_lora("biased", replace=True)
+    model.unmerge_lora()
+    assert bits(model) == before
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_drops_what_the_whole_layer_sees(variant):
+    from hf_lora.dropout import draw_seed, dropout_reference
+    from hf_lora.model import add, read, train
+
+    layer = nn.ModuleDict({"proj": nn.Linear(12, 7)})
+    torch.manual_seed(3)
+    add(layer, LoRAConfig(r=3, alpha=5, dropout=0.4, target_modules=["proj"], init="off", **VARIANTS[variant]))
+    if "use_dora" in VARIANTS[variant]:
+        layer.proj.lora_slots.magnitude0.data.mul_(torch.linspace(0.5, 1.5, 7))
+    (f,) = read(layer, "default").factors.values()
+    x, own = torch.randn(5, 12), layer.proj
+    for frozen in (False, True):
+        if frozen:
+            train(layer, [])
+        torch.manual_seed(8)
+        found = layer.train()["proj"](x)
+        torch.manual_seed(8)
+        dropped = dropout_reference(x, 0.4, draw_seed()).double()
+        W, b = own.weight.double(), own.bias.double()
+        delta = f.scaling * dropped @ f.A.double().T @ f.B.double().T
+        expected = x.double() @ W.T + b + delta
+        if "magnitude" in f.extras:  # PEFT: result + (g − 1) W D x + g s B A D x
+            V = W + f.scaling * f.B.double() @ f.A.double()
+            g = f.extras["magnitude"].double() / torch.linalg.vector_norm(V, dim=1)
+            expected = x.double() @ W.T + b + (g - 1) * (dropped @ W.T) + g * delta
+        if "offset" in f.extras:
+            expected = expected + f.scaling * f.extras["offset"].double()
+        agrees(found.double(), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear with bias", "embedding"])
+def test_gradients_are_those_of_the_formula(tiny, batch, kind):
+    model = made(tiny, "dora" if kind == "embedding" else "both", kind).double()
+    inputs = batch(model)
+    value = model.lora_adapter("default")
+    base = tiny(KINDS[kind][0]).double()
+    leaves = {}
+    with torch.no_grad():
+        norms = {}
+        for path, f in value.factors.items():
+            W = base.get_submodule(path).weight
+            W = W.T if f.kind == "embedding" else W
+            norms[path] = torch.linalg.vector_norm(W + f.scaling * f.B @ f.A, dim=1, keepdim=True)
+    weights = {}
+    for path, f in value.factors.items():
+        leaf = leaves[path] = {"A": f.A, "B": f.B, **f.extras}
+        for tensor in leaf.values():
+            tensor.requires_grad_()
+        module = base.get_submodule(path)
+        W = module.weight.detach()
+        V = (W.T if f.kind == "embedding" else W) + f.scaling * leaf["B"] @ leaf["A"]
+        V = leaf["magnitude"][:, None] * V / norms[path]
+        weights[f"{path}.weight"] = V.T if f.kind == "embedding" else V
+        if "offset" in leaf:
+            weights[f"{path}.bias"] = f.scaling * leaf["offset"] + (0 if module.bias is None else module.bias.detach())
+            if module.bias is None:
+                module.bias = nn.Parameter(torch.zeros_like(leaf["offset"]))
+    output = torch.func.functional_call(base, weights, (), inputs)
+    (output.logits if hasattr(output, "logits") else output.last_hidden_state).square().sum().backward()
+    output = model.train()(**inputs) if kind != "linear with bias" else model(**inputs)
+    (output.logits if hasattr(output, "logits") else output.last_hidden_state).square().sum().backward()
+    for path, leaf in leaves.items():
+        slots = model.get_submodule(path).lora_slots
+        for name, tensor in leaf.items():
+            agrees(getattr(slots, f"{name}0").grad, tensor.grad, 1e-9)
+
+
+def test_it_trains_and_keeps_nothing_dense(tiny, batch):
+    model = tiny("llama")
+    model.add_lora(LoRAConfig(r=4, target_modules=["q_proj", "up_proj", "o_proj"], use_dora=True, lora_bias=True))
+    inputs = batch(model, rows=4, length=9)
+    start = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
+    weights = {tuple(p.shape) for k, p in model.named_parameters() if k not in start and p.dim() == 2}
+    own = {p.data_ptr() for p in model.parameters()}
+    losses, kept = [], []
+    model.train()
+    for _ in range(8):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(not torch.equal(p, start[k]) for k, p in model.named_parameters() if k in start)
+    assert {k.rpartition(".")[2].rstrip("0") for k in start} == {"A", "B", "magnitude", "offset"}
+    dense = [t for t in kept if t.dim() == 2 and {tuple(t.shape), tuple(t.T.shape)} & weights]
+    assert all(t.data_ptr() in own for t in dense)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_region_gives_the_same_gradients(tiny, batch, reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model = made(tiny, "both", "linear", dropout=0.2).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        inputs = batch(model)
+        torch.manual_seed(1)
+        with model.use_lora("default"):
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        found.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        agrees(found[1][key], grad, 1e-5)
+
+
+def test_resume_in_trainer_is_the_run_without_a_break(tiny, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from hf_lora import LoRACallback
+
+    rows = [
+        {"input_ids": (ids := torch.randint(3, 60, (8,), generator=torch.Generator().manual_seed(i))), "labels": ids}
+        for i in range(8)
+    ]
+
+    def run(steps, resume=None):
+        model = tiny("llama")
+        torch.manual_seed(0)
+        model.add_lora(LoRAConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True, lora_bias=True))
+        args = TrainingArguments(
+            tmp_path / "run", max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, seed=1,
+            report_to=[], disable_tqdm=True, lr_scheduler_type="constant", use_cpu=True, logging_steps=1,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=[LoRACallback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return model.lora_adapter("default")
+
+    whole = run(4)
+    again = run(4, str(tmp_path / "run" / "checkpoint-2"))
+    assert whole.equal(again)
+    assert any(f.extras["offset"].any() for f in whole.factors.values())
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [(), ("both",)])
+def test_one_graph_serves_every_switch_and_route(tiny, batch, trained):
+    torch.compiler.reset()
+    model = zoo(tiny, "linear with bias")
+    model.train_lora(trained)
+    inputs = batch(model, rows=3)
+    choices = ["dora", "both", {"dora": 0.5, "dora2": 0.25, "both": -0.5}, None, "plain", "biased"]
+    model.set_lora(choices[2])  # the widest mixture first: a wider one is one more graph
+    expected = []
+    for which in choices:
+        model.set_lora(which)
+        expected.append(logits(model, inputs))
+    route = ["dora", None, "both"]
+    with model.route_lora(route):
+        routed = logits(model, inputs)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for which, eager in zip(choices, expected, strict=True):
+        model.set_lora(which)
+        agrees(logits(compiled, inputs), eager)
+    with model.route_lora(route):
+        agrees(logits(compiled, inputs), routed)
+    assert len(graphs) == 1
