@@ -31,6 +31,7 @@ class Slot:
     bias: bool = False  # whether it adds to the output what depends on no input
     extras: tuple[str, ...] = ()  # the vectors of its variants, `extras.EXTRAS`
     gain: bool = False  # whether it multiplies the output
+    fixed: str = ""  # "A" or "B": the factor of a trainable adapter that stays as it is
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
 
     def exact_in(self, bank: torch.dtype, dtype: torch.dtype) -> bool:
@@ -112,11 +113,10 @@ class LoRABanks(nn.Module):
         slot.extras = tuple(extras or ())
         slot.gain = any(EXTRAS[name].weight for name in slot.extras)
         for name, tensor in {"A": A, "B": B, "bias": bias, **(extras or {})}.items():
-            name = f"{name}{index}"
             if tensor is not None:
-                parameter = nn.Parameter(tensor.detach().clone().to(device))
+                parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=name != slot.fixed)
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
-                self.register_parameter(name, parameter)
+                self.register_parameter(f"{name}{index}", parameter)
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             self.register_buffer(f"rows{index}", rows.to(device), persistent=False)

@@ -191,6 +191,7 @@ class LoRAConfig:
         use_rslora: scale by alpha/√r.
         use_dora: learn each output's magnitude apart: m ∘ (W + scaling·B·A) / ‖W + scaling·B·A‖ (DoRA).
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
+        freeze_a: train B alone: A, or B of an embedding, stays at its random first value (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
         layers_to_transform: indices of the layers to adapt; needs `target_modules` to be a list.
@@ -209,7 +210,7 @@ class LoRAConfig:
         LoRAConfigError: a field is impossible or unknown; it quotes the value.
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
-    (arXiv:2402.09353).
+    (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303).
     """
 
     r: int = 8
@@ -219,6 +220,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
@@ -238,7 +240,7 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "freeze_a", "fan_in_fan_out"):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
         fields.one_of("init", self.init, ("kaiming", "gaussian", "off"))

@@ -273,6 +273,8 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
         )
+        if value.config.freeze_a and entry.trainable:
+            slot.fixed = "B" if factors.kind == "embedding" else "A"  # what began at random
         A, B, extras = factors.A, factors.B, factors.extras
         if entry.trainable:
             master = torch.promote_types(A.dtype, torch.float32)

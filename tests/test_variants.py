@@ -10,7 +10,7 @@ from loras import bits, logits, randomise
 from torch import nn
 
 from hf_lora import LoRAConfig
-from hf_lora.errors import LoRAFileError, LoRAUnsupportedError
+from hf_lora.errors import LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
 from hf_lora.values import AdapterValue
 
 VARIANTS = {
@@ -446,3 +446,153 @@ def test_one_graph_serves_every_switch_and_route(tiny, batch, trained):
     with model.route_lora(route):
         agrees(logits(compiled, inputs), routed)
     assert len(graphs) == 1
+
+
+# ---- LoRA-FA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+def test_lora_fa_trains_b_and_keeps_no_input(tiny, batch, peft, tmp_path, variant):
+    found, kept = {}, {}
+    fields = {"use_dora": variant == "dora", "target_modules": ["q_proj", "down_proj", "embed_tokens"]}
+    for freeze in (False, True):
+        model = tiny("llama")
+        torch.manual_seed(0)
+        model.add_lora(LoRAConfig(r=4, freeze_a=freeze, **fields))
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if ".B0" in name and "embed" not in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        inputs, shapes = batch(model, rows=3, length=5), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=shapes: to.append(tuple(t.shape)) or t, lambda t: t):
+            loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        found[freeze] = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        kept[freeze] = shapes
+    fixed = {k for k in found[False] if (".B0" if "embed" in k else ".A0") in k}
+    assert found[True].keys() == found[False].keys() - fixed
+    for key, grad in found[True].items():
+        agrees(grad, found[False][key])
+    assert {k for k, p in model.named_parameters() if not p.requires_grad and ".lora_slots." in k} == fixed
+    wide = {freeze: sum(shape[-1:] == (48,) for shape in shapes) for freeze, shapes in kept.items()}
+    assert wide[True] == wide[False] - 2  # what the two layers' down_proj is given
+    with torch.no_grad():
+        for key in found[True]:
+            model.get_parameter(key).add_(0.05)
+    model.eval()
+    model.save_lora(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path)).eval()
+    agrees(logits(model, inputs), logits(theirs, inputs))
+    model.train_lora([])
+    model.train_lora("default")
+    assert {k for k, p in model.named_parameters() if not p.requires_grad and ".lora_slots." in k} == fixed
+
+
+# ---- what is refused, and what else takes them -----------------------------------------------------------------------
+
+
+def test_what_has_no_meaning_is_refused_by_field(tiny, tmp_path):
+    from hf_lora import combine
+    from hf_lora.analysis import subspace_similarity
+
+    for model, targets, field, match in (
+        (tiny("gpt2"), ["q", "v"], "use_dora", "slices of a fused one .q, v."),
+        (tiny("gpt2"), ["q"], "lora_bias", "slices of a fused one"),
+        (tiny("llama"), ["embed_tokens"], "lora_bias", "not for an embedding"),
+    ):
+        with pytest.raises(LoRAUnsupportedError, match=match) as caught:
+            model.add_lora(LoRAConfig(r=2, target_modules=targets, **{field: True}))
+        assert caught.value.name == field
+        assert caught.value.remedy
+        assert not hasattr(model, "_lora_state")
+    model = zoo(tiny)
+    for name, field in (("dora", "use_dora"), ("biased", "lora_bias")):
+        value = model.lora_adapter(name)
+        for verb in (
+            lambda v=value: combine([v, v], [1, 1]),
+            lambda v=value: v.truncate(rank=1),
+            lambda v=value: v.negate(),
+            lambda v=value: subspace_similarity(v, v),
+        ):
+            with pytest.raises(LoRAUnsupportedError, match=f"{field}=True"):
+                verb()
+    with pytest.raises(LoRAUnsupportedError, match="use_dora"):
+        next(iter(model.lora_adapter("dora").factors.values())).delta()
+
+
+def test_a_quantised_base_has_no_norm(tiny, tmp_path):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        own = layer.self_attn.q_proj
+        own.weight = nn.Parameter(torch.zeros(own.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(LoRAUnsupportedError, match="q_proj: use_dora needs the weight of the base"):
+        model.add_lora(LoRAConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    value = made(tiny, "dora", "linear").lora_adapter("default")
+    with pytest.raises(LoRAMismatchError) as caught:
+        model.load_lora(value.save(tmp_path), name="x")
+    assert any("use_dora needs the weight" in fact for fact in caught.value.facts)
+    model.add_lora(LoRAConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+
+
+def test_a_change_of_the_base_changes_the_norm(tiny, batch):
+    model = made(tiny, "dora", "linear")
+    inputs = batch(model)
+    logits(model, inputs)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(1.5)
+    base = tiny("llama")
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.weight.mul_(1.5)
+    expected = logits(written_out(base, model.lora_adapter("default")), inputs).float()
+    agrees(logits(model, inputs), expected)
+
+
+def test_half_a_base_learns_small_magnitudes(tiny, batch):
+    """bfloat16 has steps of 2⁻⁷ above 1: a gain between two of them is not rounded to one."""
+    model = tiny("llama", dtype=torch.bfloat16)
+    inputs = batch(model)
+    model.add_lora(LoRAConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    x = torch.randn(64, 32, dtype=torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+    own = layer(x).double()
+    layer.lora_slots.magnitude0.data.mul_(1 + 1.4 * 2**-7)
+    for frozen in (False, True):
+        if frozen:
+            model.train_lora([])
+        grown = layer(x).double()
+        ratio = (grown * own).sum() / (own * own).sum() - 1
+        assert abs(ratio - 1.4 * 2**-7) < 0.1 * 2**-7
+    assert torch.isfinite(logits(model, inputs)).all()
+
+
+def test_parameter_groups_and_the_summary_know_the_vectors(tiny):
+    import hf_lora
+
+    model = made(tiny, "both", "linear")
+    groups = {g["name"]: g for g in hf_lora.optimizer_groups(model, 1e-3, b_lr_ratio=4, weight_decay=0.1)}
+    assert {p.dim() for p in groups["vector"]["params"]} == {1}
+    assert len(groups["vector"]["params"]) == 2 * 6
+    assert groups["vector"]["weight_decay"] == 0
+    (summary,) = model.lora_summary().adapters
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert summary.parameters == model.lora_adapter("default").num_parameters == sum(p.numel() for p in trained)
+
+
+def test_a_merge_on_disk_is_the_merge_in_memory(tiny, tmp_path):
+    from hf_lora.export import merge_to_folder
+
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base")
+    made(tiny, "dora", "linear", model=model)
+    value = model.lora_adapter("default")
+    merge_to_folder(value, tmp_path / "merged", tmp_path / "base")
+    model.train_lora([])
+    model.eval().merge_lora()
+    merged = type(base).from_pretrained(tmp_path / "merged")
+    assert bits(merged) == {k: v for k, v in bits(model).items() if "lora_" not in k}
+    biased = made(tiny, "lora_bias", "linear").lora_adapter("default")
+    with pytest.raises(LoRAUnsupportedError, match="lora_bias=True"):
+        merge_to_folder(biased, tmp_path / "again", tmp_path / "base")
