@@ -191,7 +191,7 @@ class LoRAConfig:
         use_rslora: scale by alpha/√r.
         use_dora: learn each output's magnitude apart: m ∘ (W + scaling·B·A) / ‖W + scaling·B·A‖ (DoRA).
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
-        freeze_a: train B alone: A, or B of an embedding, stays at its random first value (LoRA-FA). Files do not say it.
+        freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
         layers_to_transform: indices of the layers to adapt; needs `target_modules` to be a list.
