@@ -31,6 +31,7 @@ class Slot:
     bias: bool = False  # whether it adds to the output what depends on no input
     extras: tuple[str, ...] = ()  # the vectors of its variants, `extras.EXTRAS`
     gain: bool = False  # whether it multiplies the output
+    extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
     fixed: str = ""  # "A" or "B": the factor of a trainable adapter that stays as it is
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
 
@@ -70,6 +71,7 @@ class LoRABanks(nn.Module):
     present: Tensor
     _squares: Tensor | None  # ‖W‖² of each row, (out,), once a variant has asked for it
     _squares_of: Any  # the weight that they are of
+    _tails: dict[int, tuple[Tensor, Tensor]]  # of the same weight, by rank
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={}, fresh=False, gained=False, _squares=None, _squares_of=None)
+        vars(self).update(slots={}, masters={}, fresh=False, gained=False, _squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
             bank_A=empty.view(0, 0, in_features),
@@ -111,7 +113,7 @@ class LoRABanks(nn.Module):
         self.remove(index)
         device = self.bank_A.device
         slot.extras = tuple(extras or ())
-        slot.gain = any(EXTRAS[name].weight for name in slot.extras)
+        slot.gain = any(EXTRAS[name].gain for name in slot.extras)
         for name, tensor in {"A": A, "B": B, "bias": bias, **(extras or {})}.items():
             if tensor is not None:
                 parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=name != slot.fixed)
@@ -143,14 +145,17 @@ class LoRABanks(nn.Module):
         slot.gain = effect is not None and effect.gain is not None
         slot.bias = bias is not None
         if effect is not None:
-            A, B = effect.A, effect.B if effect.gain is None else effect.B * effect.gain[:, None]
+            A, B = effect.pair
+            B = B if effect.gain is None else B * effect.gain[:, None]
+            slot.extra_rank = A.shape[0] - slot.rank
         if A is not None and B is not None:
-            self.reserve(index + 1, slot.rank, writing=index)
+            rank = A.shape[0]
+            self.reserve(index + 1, rank, writing=index)
             own_A, own_B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
-            if slot.rank < own_A.shape[0]:
-                own_A[slot.rank :].zero_()  # what was never written may be NaN
-                own_B[slot.rank :].zero_()
-                own_A, own_B = own_A[: slot.rank], own_B[: slot.rank]
+            if rank < own_A.shape[0]:
+                own_A[rank:].zero_()  # what was never written may be NaN
+                own_B[rank:].zero_()
+                own_A, own_B = own_A[:rank], own_B[:rank]
             own_A.copy_(A)
             own_B.copy_(B.T if slot.scaling == 1 or effect is not None else _wide(B.to(own_B.device)).T * slot.scaling)
             self._buffers["present"][index] = True  # type: ignore[index]
@@ -204,7 +209,7 @@ class LoRABanks(nn.Module):
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""
-        rank = self.slots[index].rank
+        rank = self.slots[index].rank + self.slots[index].extra_rank
         A, B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
         return (A, B) if A.shape[0] == rank == B.shape[0] else (A[:rank], B[:rank])
 
@@ -264,10 +269,10 @@ class LoRABanks(nn.Module):
             if held is None or key != self._squares_of:
                 with torch.inference_mode(False), torch.no_grad():
                     held = Base.of(weight, self.base).squares_of_rows()
-                vars(self).update(_squares=held, _squares_of=key)
+                vars(self).update(_squares=held, _squares_of=key, _tails={})
         elif held is None or held.device != weight.device:
             held = Base.of(weight, self.base).squares_of_rows()
-        return Base.of(weight, self.base, held)
+        return Base.of(weight, self.base, held, self._tails)
 
     def bias_delta(self, index: int, bias: Tensor | None) -> Tensor:
         """What the adapter changes the bias by, b' − b, (out,)."""

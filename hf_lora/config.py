@@ -75,6 +75,7 @@ _OWN = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
+    "kasa_config": "kasa_config",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -191,6 +192,8 @@ class LoRAConfig:
         use_rslora: scale by alpha/√r.
         use_dora: learn each output's magnitude apart: m ∘ (W + scaling·B·A) / ‖W + scaling·B·A‖ (DoRA).
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
+        kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
+            gamma, the weights in `hf_lora.kasa_loss`; None is off.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
@@ -210,7 +213,8 @@ class LoRAConfig:
         LoRAConfigError: a field is impossible or unknown; it quotes the value.
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
-    (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303).
+    (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
+    2024 (arXiv:2412.06071).
     """
 
     r: int = 8
@@ -220,6 +224,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    kasa_config: Mapping[str, float] | None = None
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
@@ -256,10 +261,18 @@ class LoRAConfig:
             fields.pattern_map("rank_pattern", self.rank_pattern, functools.partial(fields.integer, least=1)),
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
+        put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.kasa_config is not None and self.use_dora:
+            raise LoRAConfigError(
+                "kasa_config cannot be combined with use_dora=True: neither says which weight the magnitudes are of.",
+                name="kasa_config",
+                value=dict(self.kasa_config),
+                remedy="Leave one of them out.",
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoRAConfigError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform selects nothing.",

@@ -20,6 +20,7 @@ class Extra:
         size: its length: the layer's outputs, or the rank.
         kinds: the kinds of layer that can have it.
         weight: whether what it computes depends on the base's weight.
+        gain: whether it multiplies the layer's output.
     """
 
     name: str
@@ -28,13 +29,15 @@ class Extra:
     size: Literal["out", "rank"]
     kinds: tuple[str, ...] = ("linear",)
     weight: bool = False
+    gain: bool = False
 
 
 # In the order in which they are applied.
 EXTRAS: Mapping[str, Extra] = {
     extra.name: extra
     for extra in (
-        Extra("magnitude", "use_dora", "lora_magnitude_vector", "out", ("linear", "embedding"), weight=True),
+        Extra("diagonal", "kasa_config", "lora_diag", "rank", weight=True),
+        Extra("magnitude", "use_dora", "lora_magnitude_vector", "out", ("linear", "embedding"), weight=True, gain=True),
         Extra("offset", "lora_bias", "lora_B.bias", "out"),
     )
 }
@@ -42,4 +45,4 @@ EXTRAS: Mapping[str, Extra] = {
 
 def asked_for(config: Any) -> tuple[str, ...]:
     """The names of the extras that a config asks for, on every layer that it adapts."""
-    return tuple(extra.name for extra in EXTRAS.values() if getattr(config, extra.field))
+    return tuple(extra.name for extra in EXTRAS.values() if getattr(config, extra.field) not in (None, False))

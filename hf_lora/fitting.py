@@ -81,7 +81,7 @@ def make_plan(
         got = (factors.in_features, factors.out_features)
         if kind != factors.kind:
             problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
-        elif (lacking := weight_problem(module, factors.extras)) is not None:
+        elif (lacking := weight_problem(module, factors.extras, factors.rank)) is not None:
             problems.append(f"{path}: {lacking[1]}")
         elif want != got:
             problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
@@ -204,12 +204,16 @@ def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{path}.{key}", tensor) for key, tensor in tensors.items())
 
 
-def weight_problem(module: nn.Module, extras: Iterable[str]) -> tuple[str, str] | None:
-    """The field of a variant that needs the layer's weight where that is not to be had, and why."""
+def weight_problem(module: nn.Module, extras: Iterable[str], rank: int) -> tuple[str, str] | None:
+    """The field of a variant that the layer's weight cannot serve, and why."""
     for name in extras:
+        field = EXTRAS[name].field
         if EXTRAS[name].weight and not is_dense(module):
-            field = EXTRAS[name].field
             return field, f"{field} needs the weight of the base, which is quantised in this {type(module).__name__}"
+        if EXTRAS[name].size == "rank":
+            weight: Any = module.weight
+            if rank >= min(weight.shape):
+                return field, f"{field} with rank {rank} leaves no singular value of a weight {tuple(weight.shape)}"
     return None
 
 

@@ -55,13 +55,13 @@ def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> Ad
 
 def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig) -> Factors:
     """The factors of a new adapter with its variants' vectors: with B zero, the layer computes what it did before."""
-    lacking = weight_problem(module, asked_for(config))
+    lacking = weight_problem(module, asked_for(config), pair.rank)
     if lacking is not None:
         raise LoRAUnsupportedError(
             f"{path}: {lacking[1]}.",
             name=lacking[0],
             value=type(module).__name__,
-            remedy=f"Load the base without quantisation, or train without {lacking[0]}.",
+            remedy=f"Load the base without quantisation, give a smaller rank, or train without {lacking[0]}.",
         )
     extras = initial_extras(
         asked_for(config),

@@ -39,7 +39,6 @@ PREFIX = "base_model.model."
 _FOREIGN = {
     "token_adapter": "trainable_token_indices",
     "trainable_tokens_": "trainable_token_indices",
-    "lora_diag": "kasa_config",
     "lora_E": "peft_type ADALORA",
     "ranknum": "peft_type ADALORA",
     "hada_w": "peft_type LOHA",
@@ -235,7 +234,7 @@ def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], pro
             extra, (dtype, shape) = EXTRAS[part], specs[name]
             pair = plan.factors.get(path, {})
             if part not in asked:
-                problems.append(f"{name!r} is there, but the config says {extra.field}=false")
+                problems.append(f"{name!r} is there, but the config does not set {extra.field}")
             elif "A" not in pair or "B" not in pair:
                 problems.append(f"{name!r}: {path!r} has no factors")
             else:
@@ -246,7 +245,7 @@ def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], pro
         for part in asked:
             if part not in plan.extras.get(path, {}):
                 extra = EXTRAS[part]
-                problems.append(f"{path!r} has no {extra.key}, which {extra.field}=true needs")
+                problems.append(f"{path!r} has no {extra.key}, which {extra.field} needs")
 
 
 def _sort_rest(

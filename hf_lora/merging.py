@@ -206,7 +206,8 @@ def factored(parts: Sequence[tuple[Factors, float]], turned: bool, weight: Tenso
         wide = torch.promote_types(factors.A.dtype, torch.float32)
         if any(EXTRAS[name].weight for name in factors.extras):
             effect = effect_on(factors, weight.device, lambda: base)
-            A, B = effect.A, effect.B * share
+            A, B = effect.pair
+            B = B * share
             if effect.gain is not None:
                 B = B * effect.gain[:, None]
                 gain = (1 if gain is None else gain) + (effect.gain - 1) * share

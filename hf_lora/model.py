@@ -29,7 +29,7 @@ from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .variants import Base, Effect, effect_of
-from .weights import compute_dtype, dense_weight, device_of, materialised
+from .weights import compute_dtype, dense_weight, device_of, is_here, materialised
 
 __all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
 
@@ -283,6 +283,9 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
                 B = B[rows.to(B.device), columns.to(B.device)]
             masters = {key: tensor.to(master) for key, tensor in extras.items()}
             slots.put_trainable(entry.slot, slot, A.to(master), B.to(master), _master(bias), masters)
+            if any(EXTRAS[key].weight for key in extras) and is_here(module):
+                with torch.no_grad():
+                    slots.effect(entry.slot, module)  # looks at the weight now, rather than in a compiled graph
         elif extras:
             effect = _effect(module, factors)
             slots.put_frozen(entry.slot, slot, A, B, _shift(module, bias, effect), effect)

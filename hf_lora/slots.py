@@ -111,16 +111,16 @@ class LoRASlots(LoRABanks):
         """
         scaled = isinstance(weight, Tensor) or weight != 1
         dropout = slot.dropout if self.training and self.kind != "embedding" else 0.0
-        own = multiplied = output if origin is None else origin
-        if slot.gain and dropout:  # what is multiplied sees the input that A sees
-            x, dropout = dropped_out(x, dropout), 0.0
-            multiplied = self.base.forward(base, x)
+        own = output if origin is None else origin
         if slot.extras and slot.trainable:
-            changed = self._changed(x, own, multiplied, base, index, dropout)
+            changed = self._changed(x, own, base, index, dropout)
             output = output + (changed - own) * weight if scaled or own is not output else changed
         elif slot.rank:
             if slot.gain:
-                output = torch.addcmul(output, multiplied, self.bank_gain[index].to(output.dtype) * weight)
+                if dropout:  # what is multiplied sees the input that A sees
+                    x, dropout = dropped_out(x, dropout), 0.0
+                    own = self.base.forward(base, x)
+                output = torch.addcmul(output, own, self.bank_gain[index].to(output.dtype) * weight)
             pair = None if slot.trainable or isinstance(weight, Tensor) else self._fused(x, output, index, dropout)
             if pair is not None and not isinstance(weight, Tensor):
                 output = PLAIN.add(output, x, *pair, weight, in_place=self._in_place())
@@ -133,18 +133,23 @@ class LoRASlots(LoRABanks):
             output = output + (bias * weight if scaled else bias).to(output.dtype)
         return output
 
-    def _changed(
-        self, x: Tensor, own: Tensor, multiplied: Tensor, base: nn.Module, index: int, dropout: float
-    ) -> Tensor:
-        """The layer's `own` output with a trainable adapter of a variant, whose gain is of `multiplied` + its delta."""
+    def _changed(self, x: Tensor, own: Tensor, base: nn.Module, index: int, dropout: float) -> Tensor:
+        """The layer's `own` output as a trainable adapter of a variant changes it."""
         effect, dtype = self.effect(index, base), own.dtype if self.kind == "embedding" else x.dtype
         A, B = effect.A.to(dtype), effect.B.to(dtype)
-        if self.kind != "embedding" and not dropout and own.dtype == dtype and multiplied is own:
-            changed = summed = functional.add_low_rank(own, x, A, B.T)
-        else:
-            delta = self._scaled_delta(x, A, B, base, dropout).to(own.dtype)
+        inner, plain = dropped_out(x, dropout) if dropout else x, self.kind != "embedding" and own.dtype == dtype
+        if effect.fixed is not None:
+            C, D = (part.to(dtype) for part in effect.fixed)
+            own = own + functional.low_rank(x, C, D).to(own.dtype)
+        if effect.gain is None or not dropout:
+            delta = None if plain else self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
+            changed = summed = functional.add_low_rank(own, inner, A, B.T) if delta is None else own + delta
+        else:  # what the gain multiplies sees the input that A sees
+            delta = self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
+            summed = self.base.forward(base, inner) + delta
             changed = own + delta
-            summed = changed if multiplied is own else multiplied + delta
+            if effect.fixed is not None:
+                summed = summed + functional.low_rank(inner, C, D).to(own.dtype)
         if effect.gain is not None:
             bias = None if self.kind == "embedding" else getattr(base, "bias", None)
             # Not gain ∘ summed: in half precision what a gain differs from 1 by has more digits than the gain.
@@ -165,7 +170,12 @@ class LoRASlots(LoRABanks):
 
     def _delta(self, x: Tensor, output: Tensor, base: nn.Module, index: int, dropout: float) -> Tensor:
         dtype = output.dtype if self.kind == "embedding" else x.dtype  # the factors are cast, never the activations
-        return self._scaled_delta(x, *self.factors(index, dtype), base, dropout)
+        A, B = self.factors(index, dtype)
+        if dropout and self.slots[index].extra_rank:
+            rank = self.slots[index].rank
+            kept = self._scaled_delta(x, A[rank:], B[:, rank:], base, 0.0)
+            return kept + self._scaled_delta(x, A[:rank], B[:, :rank], base, dropout)
+        return self._scaled_delta(x, A, B, base, dropout)
 
     def _scaled_delta(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, dropout: float) -> Tensor:
         padding = getattr(base, "padding_idx", None)
@@ -268,7 +278,7 @@ class LoRASlots(LoRABanks):
         if frozen:
             places, without = _places(active, frozen, device)
             bank_A, bank_B = self.bank_A, self.bank_B
-            most = max(self.slots[entry.slot].rank for entry in frozen)
+            most = max(slot.rank + slot.extra_rank for slot in (self.slots[entry.slot] for entry in frozen))
             rank = min(most, bank_A.shape[1], bank_B.shape[1])  # another thread may be widening one after the other
             plan.B = bank_B[:, :rank].index_select(0, places).index_fill_(0, without, 0)
             if self.kind == "embedding":

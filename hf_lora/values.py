@@ -292,7 +292,7 @@ class AdapterValue:
                 odd = sorted(asked ^ pair.extras.keys())[0]
                 said = f"has no {odd}, which" if odd in asked else f"has a {odd}, which only"
                 raise LoRAMismatchError(
-                    f"{path}: the adapter {said} {EXTRAS[odd].field}=True asks for.",
+                    f"{path}: the adapter {said} {EXTRAS[odd].field} asks for.",
                     name=EXTRAS[odd].field,
                     value=sorted(pair.extras),
                     expected=sorted(asked),
@@ -387,7 +387,7 @@ def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str]
         if any(name in factors.extras for factors in all_factors):
             extra = EXTRAS[name]
             raise LoRAUnsupportedError(
-                f"{what} is of plain factors, and this adapter was trained with {extra.field}=True.",
+                f"{what} is of plain factors, and this adapter was trained with {extra.field}.",
                 name=extra.field,
                 value=True,
                 remedy="Put it on its base in memory and merge_lora(); extract_lora() of that model is a plain LoRA.",

@@ -77,6 +77,7 @@ TABLE: dict[str, str] = {
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model sharding state switching targeting ties values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
+    "kasa": "errors layers model",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
     "summary": "errors extras layerinfo model slots state switching targeting values",
@@ -95,7 +96,7 @@ TABLE: dict[str, str] = {
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers optimizer planning pool registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa optimizer planning pool registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",

@@ -10,13 +10,14 @@ from loras import bits, logits, randomise
 from torch import nn
 
 from hf_lora import LoRAConfig
-from hf_lora.errors import LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
+from hf_lora.errors import LoRAConfigError, LoRAFileError, LoRAMismatchError, LoRAStateError, LoRAUnsupportedError
 from hf_lora.values import AdapterValue
 
 VARIANTS = {
     "dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "both": {"use_dora": True, "lora_bias": True},
+    "kasa": {"kasa_config": {}},
 }
 KINDS = {  # kind of layer -> model, targets
     "linear": ("llama", ["q_proj", "v_proj", "down_proj"]),
@@ -24,12 +25,7 @@ KINDS = {  # kind of layer -> model, targets
     "conv1d": ("gpt2", ["c_attn", "c_fc"]),
     "embedding": ("llama", ["embed_tokens", "q_proj"]),
 }
-CASES = [
-    (variant, kind)
-    for variant in VARIANTS
-    for kind in KINDS
-    if kind != "embedding" or "lora_bias" not in VARIANTS[variant]
-]
+CASES = [(variant, kind) for variant in VARIANTS for kind in KINDS if variant == "dora" or kind != "embedding"]
 
 
 def made(tiny, variant, kind, *, seed=0, name="default", model=None, **changes):
@@ -61,6 +57,11 @@ def written_out(base, value: AdapterValue, weight=1.0, into=None):
         W = own.weight.detach().double()
         W = W.T if turned else W
         V = W + f.scaling * f.B.double() @ f.A.double()
+        if "diagonal" in f.extras:
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            kept = len(S) - f.rank
+            V = (U[:, :kept] * S[:kept]) @ Vh[:kept]
+            V = V + f.scaling * f.B.double() @ torch.diag(f.extras["diagonal"].double()) @ f.A.double()
         if "magnitude" in f.extras:
             V = f.extras["magnitude"].double()[:, None] * V / torch.linalg.vector_norm(V, dim=1, keepdim=True)
         change = weight * (V - W)
@@ -77,7 +78,7 @@ def written_out(base, value: AdapterValue, weight=1.0, into=None):
 # ---- step 0, and the forward -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@pytest.mark.parametrize(("variant", "kind"), [case for case in CASES if case[0] != "kasa"])
 def test_step_zero_is_the_base(tiny, batch, variant, kind):
     family, targets = KINDS[kind]
     model = tiny(family)
@@ -107,7 +108,8 @@ def test_forward_is_the_formula(tiny, batch, variant, kind):
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
 
-WITH_PEFT = [case for case in CASES if case[0] != "both"]  # PEFT refuses lora_bias with DoRA
+# PEFT refuses lora_bias with DoRA, and KaSA on Conv1D.
+WITH_PEFT = [case for case in CASES if case[0] != "both" and case != ("kasa", "conv1d")]
 
 
 @pytest.mark.parametrize(("variant", "kind"), WITH_PEFT)
@@ -130,7 +132,7 @@ def test_peft_loads_ours_and_we_load_peft(tiny, batch, peft, tmp_path, variant, 
         agrees(logits(again, inputs), logits(theirs, inputs))
 
 
-@pytest.mark.parametrize("variant", ["dora", "lora_bias"])
+@pytest.mark.parametrize("variant", ["dora", "lora_bias", "kasa"])
 def test_gradients_and_a_step_are_pefts(tiny, batch, peft, tmp_path, variant):
     model = made(tiny, variant, "linear with bias", dropout=0.0)
     model.save_lora(tmp_path)
@@ -166,11 +168,11 @@ def test_strict_files(tiny, tmp_path):
         with pytest.raises(error, match=match):
             model.load_lora(tmp_path, name="x")
 
-    refused({k: v for k, v in tensors.items() if k != name}, "lora_magnitude_vector, which use_dora=true needs")
+    refused({k: v for k, v in tensors.items() if k != name}, "lora_magnitude_vector, which use_dora needs")
     refused(tensors | {name: tensors[name][1:]}, "it should be a floating")
     refused(tensors | {name: tensors[name].int()}, "it should be a floating")
     refused(tensors | {name: tensors[name] * math.nan}, "not finite")
-    refused(tensors | {name.replace("magnitude_vector", "B.bias"): tensors[name].clone()}, "lora_bias=false")
+    refused(tensors | {name.replace("magnitude_vector", "B.bias"): tensors[name].clone()}, "does not set lora_bias")
     odd = name.replace("q_proj", "k_proj").replace("v_proj", "k_proj").replace("down_proj", "k_proj")
     refused(tensors | {odd: tensors[name].clone()}, "has no factors")
     assert not hasattr(model, "_lora_state")
@@ -184,9 +186,8 @@ def test_strict_files(tiny, tmp_path):
 def zoo(tiny, kind="linear"):
     """Two DoRAs, lora_bias, both and a plain adapter on one model, frozen; and their values."""
     model = None
-    for seed, (name, variant) in enumerate(
-        [("dora", "dora"), ("dora2", "dora"), ("biased", "lora_bias"), ("both", "both"), ("plain", None)]
-    ):
+    named = {"dora": "dora", "dora2": "dora", "biased": "lora_bias", "both": "both", "kasa": "kasa", "plain": None}
+    for seed, (name, variant) in enumerate(named.items()):
         VARIANTS.setdefault(None, {})
         model = made(tiny, variant, kind, seed=seed, name=name, model=model, r=2 + seed)
     del VARIANTS[None]
@@ -194,10 +195,10 @@ def zoo(tiny, kind="linear"):
     return model
 
 
-@pytest.mark.parametrize("trained", [(), ("dora",), ("both", "biased", "dora2")])
+@pytest.mark.parametrize("trained", [(), ("dora",), ("both", "kasa", "biased", "dora2")])
 def test_rows_of_a_route_are_what_each_adapter_gives(tiny, batch, trained):
     model = zoo(tiny, "linear with bias")
-    names = ["dora", None, "plain", "both", "dora2", "biased", "dora"]
+    names = ["dora", None, "plain", "both", "dora2", "kasa", "biased", "dora"]
     inputs = batch(model, rows=len(names))
     alone = []
     for name in names:
@@ -213,10 +214,15 @@ def test_rows_of_a_route_are_what_each_adapter_gives(tiny, batch, trained):
         agrees(logits(model, inputs), alone[0])
 
 
-MIXTURES = [{"dora": 0.6, "dora2": -0.3}, {"dora": 0.5, "plain": 1.0, "both": 0.25}, {"biased": 2.0}, ["dora", "dora2"]]
+MIXTURES = [
+    {"dora": 0.6, "dora2": -0.3},
+    {"dora": 0.5, "plain": 1.0, "both": 0.25},
+    {"biased": 2.0, "kasa": 0.5},
+    ["dora", "dora2"],
+]
 
 
-@pytest.mark.parametrize("trained", [(), ("dora", "both")])
+@pytest.mark.parametrize("trained", [(), ("dora", "both", "kasa")])
 @pytest.mark.parametrize("mixture", MIXTURES, ids=str)
 def test_a_mixture_adds_changes_of_the_weight(tiny, batch, mixture, trained):
     model = zoo(tiny, "linear with bias")
@@ -243,7 +249,7 @@ def test_merge_and_unmerge_every_bit(tiny, batch, kind, dtype):
     model = zoo(tiny, kind).to(dtype)
     inputs, fresh = batch(model), {}
     before = bits(model)
-    for which in ("dora", "both", {"dora": 0.5, "biased": 1.0, "plain": 2.0}):
+    for which in ("dora", "both", "kasa", {"dora": 0.5, "biased": 1.0, "plain": 2.0}):
         model.set_lora(which)
         expected = logits(model, inputs).float()
         model.merge_lora()
@@ -297,6 +303,11 @@ def test_dropout_drops_what_the_whole_layer_sees(variant):
         dropped = dropout_reference(x, 0.4, draw_seed()).double()
         W, b = own.weight.double(), own.bias.double()
         delta = f.scaling * dropped @ f.A.double().T @ f.B.double().T
+        if "diagonal" in f.extras:  # what is taken from W is not dropped
+            diagonal = torch.diag(f.extras["diagonal"].double())
+            delta = f.scaling * dropped @ f.A.double().T @ diagonal @ f.B.double().T
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            W = (U[:, : 7 - f.rank] * S[: 7 - f.rank]) @ Vh[: 7 - f.rank]
         expected = x.double() @ W.T + b + delta
         if "magnitude" in f.extras:  # PEFT: result + (g − 1) W D x + g s B A D x
             V = W + f.scaling * f.B.double() @ f.A.double()
@@ -424,8 +435,8 @@ def test_one_graph_serves_every_switch_and_route(tiny, batch, trained):
     model = zoo(tiny, "linear with bias")
     model.train_lora(trained)
     inputs = batch(model, rows=3)
-    choices = ["dora", "both", {"dora": 0.5, "dora2": 0.25, "both": -0.5}, None, "plain", "biased"]
-    model.set_lora(choices[2])  # the widest mixture first: a wider one is one more graph
+    choices = ["dora", "both", "kasa", {"dora": 0.5, "dora2": 0.25, "both": -0.5}, None, "plain", "biased"]
+    model.set_lora(choices[3])  # the widest mixture first: a wider one is one more graph
     expected = []
     for which in choices:
         model.set_lora(which)
@@ -514,7 +525,7 @@ def test_what_has_no_meaning_is_refused_by_field(tiny, tmp_path):
             lambda v=value: v.negate(),
             lambda v=value: subspace_similarity(v, v),
         ):
-            with pytest.raises(LoRAUnsupportedError, match=f"{field}=True"):
+            with pytest.raises(LoRAUnsupportedError, match=f"trained with {field}"):
                 verb()
     with pytest.raises(LoRAUnsupportedError, match="use_dora"):
         next(iter(model.lora_adapter("dora").factors.values())).delta()
@@ -594,5 +605,47 @@ def test_a_merge_on_disk_is_the_merge_in_memory(tiny, tmp_path):
     merged = type(base).from_pretrained(tmp_path / "merged")
     assert bits(merged) == {k: v for k, v in bits(model).items() if "lora_" not in k}
     biased = made(tiny, "lora_bias", "linear").lora_adapter("default")
-    with pytest.raises(LoRAUnsupportedError, match="lora_bias=True"):
+    with pytest.raises(LoRAUnsupportedError, match="trained with lora_bias"):
         merge_to_folder(biased, tmp_path / "again", tmp_path / "base")
+
+
+# ---- KaSA ------------------------------------------------------------------------------------------------------------
+
+
+def test_kasa_begins_without_the_smallest_singular_values_and_leaves_the_base_alone(tiny, batch, peft):
+    model = tiny("llama")
+    inputs = batch(model)
+    before, state = logits(model, inputs), bits(model)
+    model.add_lora(LoRAConfig(r=16, target_modules=["up_proj"], kasa_config={"beta": 0.5}))
+    config = peft.LoraConfig(r=16, target_modules=["up_proj"], kasa_config=peft.KasaConfig())
+    theirs = peft.get_peft_model(tiny("llama"), config)
+    agrees(logits(model, inputs), logits(theirs.eval(), inputs))  # it is not the base's
+    assert (logits(model, inputs) - before).abs().max() > 1e-3 * before.abs().max()
+    with model.no_lora():
+        assert torch.equal(logits(model, inputs), before)
+    model.remove_lora()
+    assert bits(model) == state
+    with pytest.raises(LoRAUnsupportedError, match="rank 32 leaves no singular value"):
+        model.add_lora(LoRAConfig(r=32, target_modules=["q_proj"], kasa_config={}))
+    for bad in ({"alpha": 1}, {"beta": -1}, True, [1]):
+        with pytest.raises(LoRAConfigError, match="kasa_config"):
+            LoRAConfig(kasa_config=bad)
+    with pytest.raises(LoRAConfigError, match="cannot be combined with use_dora"):
+        LoRAConfig(kasa_config={}, use_dora=True)
+
+
+def test_kasa_loss_is_pefts(tiny, peft, tmp_path):
+    import hf_lora
+
+    model = made(tiny, "kasa", "linear", kasa_config={"beta": 0.25, "gamma": 0.5})
+    model.save_lora(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path), is_trainable=True)
+    ours, expected = hf_lora.kasa_loss(model), theirs._get_kasa_loss()
+    agrees(ours, expected)
+    ours.backward()
+    expected.backward()
+    found = [[p.grad.norm() for p in m.parameters() if p.grad is not None] for m in (model, theirs)]
+    agrees(torch.stack(sorted(found[0], key=float)), torch.stack(sorted(found[1], key=float)), 1e-4)
+    model.train_lora([])
+    with pytest.raises(LoRAStateError, match="kasa_config"):
+        hf_lora.kasa_loss(model)

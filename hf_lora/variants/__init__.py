@@ -13,6 +13,7 @@ from torch import Tensor
 from ..extras import EXTRAS
 from .dora import DoRA
 from .effect import Base, Effect, Variant
+from .kasa import KaSA
 from .lora_bias import LoRABiasTerm
 from .plain import Plain
 
@@ -20,7 +21,7 @@ __all__ = ["PLAIN", "VARIANTS", "Base", "Effect", "Plain", "Variant", "effect_of
 
 PLAIN = Plain()
 # By the name of its vector in `extras.EXTRAS`, in the order in which they are applied.
-VARIANTS: Mapping[str, Variant] = {"magnitude": DoRA(), "offset": LoRABiasTerm()}
+VARIANTS: Mapping[str, Variant] = {"diagonal": KaSA(), "magnitude": DoRA(), "offset": LoRABiasTerm()}
 
 
 def effect_of(extras: Mapping[str, Tensor], A: Tensor, B: Tensor, scaling: float, base: Callable[[], Base]) -> Effect:

@@ -29,5 +29,5 @@ class DoRA:
         """The effect with the gain."""
         assert base is not None
         with torch.no_grad(), torch.autocast(effect.A.device.type, enabled=False):
-            norms = base.norms(effect.A, effect.B)
+            norms = base.norms(*effect.pair)
         return dataclasses.replace(effect, gain=vector.to(norms.dtype) / norms)
