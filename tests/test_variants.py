@@ -459,6 +459,29 @@ def test_one_graph_serves_every_switch_and_route(tiny, batch, trained):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("variant", ["both", "kasa"])
+def test_a_compiled_step_has_the_gradients_of_the_eager_one(variant):
+    from hf_lora.model import add
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"proj": nn.Linear(12, 9), "head": nn.Linear(9, 5)})
+    add(net, LoRAConfig(r=3, target_modules=["proj", "head"], init="off", **VARIANTS[variant]))
+    x, found = torch.randn(4, 12), []
+
+    def run(x):
+        return net["head"](net["proj"](x).relu()).square().sum()
+
+    net.train()
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        function(x).backward()
+        found.append({k: p.grad for k, p in net.named_parameters() if p.requires_grad})
+    for key, grad in found[0].items():
+        assert grad.abs().max() > 0
+        agrees(found[1][key], grad)
+
+
 # ---- LoRA-FA ---------------------------------------------------------------------------------------------------------
 
 
