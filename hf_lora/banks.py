@@ -271,7 +271,7 @@ class LoRABanks(nn.Module):
                     held = Base.of(weight, self.base).squares_of_rows()
                 vars(self).update(_squares=held, _squares_of=key, _tails={})
         elif held is None or held.device != weight.device:
-            held = Base.of(weight, self.base).squares_of_rows()
+            return Base.of(weight, self.base)
         return Base.of(weight, self.base, held, self._tails)
 
     def bias_delta(self, index: int, bias: Tensor | None) -> Tensor:

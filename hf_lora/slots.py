@@ -110,7 +110,7 @@ class LoRASlots(LoRABanks):
         `origin`: the layer's own output, where `output` holds more already; an adapter with a gain multiplies that.
         """
         scaled = isinstance(weight, Tensor) or weight != 1
-        dropout = slot.dropout if self.training and self.kind != "embedding" else 0.0
+        dropout = slot.dropout if slot.dropout and self.training and self.kind != "embedding" else 0.0
         own = output if origin is None else origin
         if slot.extras and slot.trainable:
             changed = self._changed(x, own, base, index, dropout)
@@ -138,7 +138,7 @@ class LoRASlots(LoRABanks):
         effect, dtype = self.effect(index, base), own.dtype if self.kind == "embedding" else x.dtype
         A, B = effect.A.to(dtype), effect.B.to(dtype)
         inner, plain = dropped_out(x, dropout) if dropout else x, self.kind != "embedding" and own.dtype == dtype
-        if effect.fixed is not None:
+        if effect.fixed is not None:  # never beside a gain
             C, D = (part.to(dtype) for part in effect.fixed)
             own = own + functional.low_rank(x, C, D).to(own.dtype)
         if effect.gain is None or not dropout:
@@ -148,8 +148,6 @@ class LoRASlots(LoRABanks):
             delta = self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
             summed = self.base.forward(base, inner) + delta
             changed = own + delta
-            if effect.fixed is not None:
-                summed = summed + functional.low_rank(inner, C, D).to(own.dtype)
         if effect.gain is not None:
             bias = None if self.kind == "embedding" else getattr(base, "bias", None)
             # Not gain ∘ summed: in half precision what a gain differs from 1 by has more digits than the gain.

@@ -265,6 +265,20 @@ def test_merge_and_unmerge_every_bit(tiny, batch, kind, dtype):
     assert bits(model) == before
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.6), (torch.bfloat16, 0.4)])
+def test_the_record_of_a_gain_is_no_second_copy_of_the_weight(dtype, most):
+    from hf_lora.exact import Factored, Scratch, added, restored
+
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(256, 256)).to(dtype)
+    for gain in (1 + 0.2 * torch.randn(256, 1), 1 + 0.2 * torch.randn(1, 256), torch.zeros(256, 1)):
+        change = Factored(0.01 * torch.randn(256, 4), 0.02 * torch.randn(4, 256), gain)
+        new, record = added(weight, change, "w", Scratch())
+        assert torch.equal(restored(new.clone(), record, "w", Scratch()), weight)
+        if gain.all():
+            assert record.nbytes - record.change.nbytes < most * weight.nbytes
+
+
 def test_an_offset_cannot_be_merged_where_there_is_no_bias(tiny):
     model = zoo(tiny)
     before = bits(model)
