@@ -73,6 +73,9 @@ _OWN = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "kasa_config": "kasa_config",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -123,7 +126,6 @@ def _off(value: Any) -> bool:
 _REMEDIES = {
     "init_lora_weights": "This initialisation changed the base's weights: save it again in PEFT with "
     "path_initial_model_for_weight_conversion, which turns it into a plain LoRA.",
-    "use_dora": "Merge it in PEFT (merge_and_unload) and extract a plain LoRA, or train without use_dora.",
 }
 
 
@@ -188,6 +190,11 @@ class LoRAConfig:
         alpha: positive; None means `r`, so that scaling is 1 as in the paper.
         dropout: probability in [0, 1) of dropping an input of A while training.
         use_rslora: scale by alpha/√r.
+        use_dora: learn each output's magnitude apart: m ∘ (W + scaling·B·A) / ‖W + scaling·B·A‖ (DoRA).
+        lora_bias: B has a bias of its own, which adds scaling·bias to the output.
+        kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
+            gamma, the weights in `hf_lora.kasa_loss`; None is off.
+        freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
         layers_to_transform: indices of the layers to adapt; needs `target_modules` to be a list.
@@ -205,7 +212,9 @@ class LoRAConfig:
     Raises:
         LoRAConfigError: a field is impossible or unknown; it quotes the value.
 
-    Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732).
+    Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
+    (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
+    2024 (arXiv:2412.06071).
     """
 
     r: int = 8
@@ -213,6 +222,10 @@ class LoRAConfig:
     alpha: float | None = None
     dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    kasa_config: Mapping[str, float] | None = None
+    freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
@@ -232,7 +245,7 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "freeze_a", "fan_in_fan_out"):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
         fields.one_of("init", self.init, ("kaiming", "gaussian", "off"))
@@ -248,10 +261,18 @@ class LoRAConfig:
             fields.pattern_map("rank_pattern", self.rank_pattern, functools.partial(fields.integer, least=1)),
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
+        put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.kasa_config is not None and self.use_dora:
+            raise LoRAConfigError(
+                "kasa_config cannot be combined with use_dora=True: neither says which weight the magnitudes are of.",
+                name="kasa_config",
+                value=dict(self.kasa_config),
+                remedy="Leave one of them out.",
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoRAConfigError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform selects nothing.",

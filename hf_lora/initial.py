@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .fitting import adds_bias, base_state
+from .errors import LoRAUnsupportedError
+from .extras import asked_for
+from .fitting import adds_bias, base_state, weight_problem
 from .layerinfo import is_held
 from .targeting import Resolution
 from .values import AdapterValue, Block, Factors
-from .weights import compute_dtype, device_of, materialised
+from .variants import Base, initial_extras
+from .weights import compute_dtype, dense_weight, device_of, materialised
 
 __all__ = ["initial_value"]
 
@@ -38,7 +42,8 @@ def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> Ad
             B[rows, i * r : (i + 1) * r] = part
         alpha = target.alpha * (math.sqrt(n) if config.use_rslora else n)
         kind = "embedding" if embedding else "linear"
-        factors[target.path] = Factors(kind, A, B, alpha, config.use_rslora, blocks)  # type: ignore[arg-type]
+        pair = Factors(kind, A, B, alpha, config.use_rslora, blocks)  # type: ignore[arg-type]
+        factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
     biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
     heads = {path: base_state(modules[path]) for path in found.heads}
     if any(target.info.kind == "conv1d" for target in found.targets):
@@ -46,6 +51,27 @@ def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> Ad
     if config.base_model is None:
         config = config.replace(base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None)
     return AdapterValue(config, factors, biases, heads)
+
+
+def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig) -> Factors:
+    """The factors of a new adapter with its variants' vectors: with B zero, the layer computes what it did before."""
+    lacking = weight_problem(module, asked_for(config), pair.rank)
+    if lacking is not None:
+        raise LoRAUnsupportedError(
+            f"{path}: {lacking[1]}.",
+            name=lacking[0],
+            value=type(module).__name__,
+            remedy=f"Load the base without quantisation, give a smaller rank, or train without {lacking[0]}.",
+        )
+    extras = initial_extras(
+        asked_for(config),
+        pair.A,
+        pair.B,
+        pair.scaling,
+        lambda: Base.of(dense_weight(module), getattr(type(module), "lora_base", type(module))),
+        random=config.init == "off",
+    )
+    return dataclasses.replace(pair, extras=extras)
 
 
 def _initialise(A: Tensor, B: Tensor, how: str, embedding: bool) -> None:

@@ -6,7 +6,7 @@ Whatever puts an adapter goes through `put`, which checks everything before it t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
+from .extras import EXTRAS
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
 from .initial import initial_value
@@ -27,9 +28,10 @@ from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
-from .weights import compute_dtype, device_of, materialised
+from .variants import Base, Effect, effect_of
+from .weights import compute_dtype, dense_weight, device_of, is_here, materialised
 
-__all__ = ["Resident", "add", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
+__all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
 
 _STATE = "_lora_state"
 _RESERVED = "_lora_reserved"  # slots and rank of banks to be made
@@ -271,13 +273,23 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
         )
-        A, B = factors.A, factors.B
+        if value.config.freeze_a and entry.trainable:
+            slot.fixed = "B" if factors.kind == "embedding" else "A"  # what began at random
+        A, B, extras = factors.A, factors.B, factors.extras
         if entry.trainable:
             master = torch.promote_types(A.dtype, torch.float32)
             if slot.blocks:
                 rows, columns = block_index(slot.blocks, slot.rank)
                 B = B[rows.to(B.device), columns.to(B.device)]
-            slots.put_trainable(entry.slot, slot, A.to(master), B.to(master), _master(bias))
+            masters = {key: tensor.to(master) for key, tensor in extras.items()}
+            slots.put_trainable(entry.slot, slot, A.to(master), B.to(master), _master(bias), masters)
+            if any(EXTRAS[key].weight for key in extras) and is_here(module):
+                with torch.no_grad():
+                    slots.effect(entry.slot, module)  # looks at the weight now, rather than in a compiled graph
+        elif extras:
+            effect = _effect(module, factors)
+            slots.put_frozen(entry.slot, slot, A, B, _shift(module, bias, effect), effect)
+            held = False
         else:
             slots.put_frozen(entry.slot, slot, A, B, _bias_change(module, bias))
             held = held and slot.dtype is not None and factors.use_rslora == rslora
@@ -338,6 +350,31 @@ def _bias_change(module: nn.Module, bias: Tensor | None) -> Tensor | None:
     own = materialised(module, "bias")
     wide = torch.promote_types(torch.promote_types(bias.dtype, own.dtype), torch.float32)
     return bias.to(own.device, wide) - own.to(wide)
+
+
+def effect_on(factors: Factors, device: torch.device, base: Callable[[], Base]) -> Effect:
+    """What factors with a variant's vectors come to on a base, in float32 or wider, on a device."""
+    wide = torch.promote_types(factors.A.dtype, torch.float32)
+    A, B = (tensor.detach().to(device, wide) for tensor in (factors.A, factors.B))
+    extras = {name: tensor.detach().to(device, wide) for name, tensor in factors.extras.items()}
+    return effect_of(extras, A, B, factors.scaling, base)
+
+
+def _effect(module: nn.Module, factors: Factors) -> Effect:
+    weighted = any(EXTRAS[name].weight for name in factors.extras)
+    weight = dense_weight(module) if weighted else torch.empty(0, device=device_of(module))
+    layer: type[nn.Module] = getattr(type(module), "lora_base", type(module))
+    return effect_on(factors, weight.device, lambda: Base.of(weight, layer))
+
+
+def _shift(module: nn.Module, bias: Tensor | None, effect: Effect) -> Tensor | None:
+    """What a frozen adapter adds to the output whatever the input; a gain leaves the bias alone."""
+    parts = [_bias_change(module, bias), effect.offset]
+    if effect.gain is not None and getattr(module, "bias", None) is not None:
+        own = materialised(module, "bias").to(effect.gain)
+        parts.append((1 - effect.gain) * own)
+    found = [part.to(effect.A.device) for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, plan: Plan) -> LoRASlots:
@@ -491,10 +528,11 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
             else slots.read(entry.slot)
         )
         assert pair is not None
-        A, B = pair
+        extras = slots.extras(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
         kind = "embedding" if slots.kind == "embedding" else "linear"
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
-        factors[path] = Factors(kind, A, B, slot.alpha, resident.config.use_rslora, blocks)  # type: ignore[arg-type]
+        rslora = resident.config.use_rslora
+        factors[path] = Factors(kind, pair[0], pair[1], slot.alpha, rslora, blocks, extras)  # type: ignore[arg-type]
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -555,6 +593,8 @@ def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[s
         mine, other = have.factors[path], value.factors[path]
         if (mine.A.shape, mine.B.shape, mine.blocks) != (other.A.shape, other.B.shape, other.blocks):
             problems.append(f"{path}: rank or slices differ ({other.rank} in the file, {mine.rank} on the model)")
+        elif mine.extras.keys() != other.extras.keys():
+            problems.append(f"{path}: {sorted(other.extras)} in the file, {sorted(mine.extras)} on the model")
         elif mine.scaling != other.scaling:
             problems.append(f"{path}: scaling {other.scaling} in the file, {mine.scaling} on the model")
     for what in ("biases", "modules"):
@@ -575,6 +615,8 @@ def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None
             B = B[rows, columns]
         assign(slots.get_parameter(f"A{index}"), factors.A)
         assign(slots.get_parameter(f"B{index}"), B)
+        for name, tensor in factors.extras.items():
+            assign(slots.get_parameter(f"{name}{index}"), tensor)
     for path, bias in value.biases.items():
         assign(modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}"), bias)
     for path, tensors in value.modules.items():

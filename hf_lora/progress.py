@@ -81,6 +81,9 @@ class Progress:
     def _pairs_of(self, entry: Entry, roles: dict[str, tuple[str, ...]]) -> Iterator[_Pair]:
         for path in entry.record.layers:
             slot = self._slots(path).slots[entry.slot]
+            if slot.gain:
+                role = "+".join(roles.get(path) or (path.rpartition(".")[2],))
+                self.left_out[role] = f"{path}: a variant multiplies its output too, so that B·A is not its ΔW"
             for index, (role, rows) in enumerate(slot.blocks):
                 yield _Pair(path, role, index, rows)
             if not slot.blocks:

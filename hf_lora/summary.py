@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .extras import EXTRAS
 from .layerinfo import is_held
 from .model import read, require
 from .slots import LoRASlots
@@ -122,7 +123,7 @@ def _sizes(model: nn.Module, entry: Entry) -> tuple[int, int]:
     if not entry.trainable:
         value = entry.record.value or read(model, entry.name)
         return value.num_parameters, value.nbytes
-    mine = {f"A{slot}", f"B{slot}", f"bias{slot}"}
+    mine = {f"{name}{slot}" for name in ("A", "B", "bias", *EXTRAS)}
     tensors = [
         p
         for path, p in model.named_parameters()

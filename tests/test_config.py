@@ -72,7 +72,7 @@ def test_combinations():
         ("targt_modules", ["q"], "Did you mean target_modules?"),
         ("rank", 8, "rank_pattern"),
         ("lora_alfa", 8, "alpha"),
-        ("use_dora", True, "does not compute"),
+        ("use_qalora", True, "does not compute"),
         ("zzz", 1, "The fields are"),
     ],
 )
@@ -218,15 +218,12 @@ def test_oddities_that_compute_a_plain_lora(odd):
             {"init_lora_weights": name}
             for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
         ],
-        {"use_dora": True},
-        {"lora_bias": True},
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
-        {"kasa_config": {"beta": 1.0}},
         {"monteclora_config": {"num_samples": 8}},
         {"arrow_config": {"top_k": 3}},
         {"ensure_weight_tying": True},
@@ -259,8 +256,7 @@ def test_corpus(path):
     if fields.get("peft_type") == "LORA":
         config = LoRAConfig.from_peft(fields)
         assert LoRAConfig.from_peft(config.to_peft()) == config
-        variants = {"use_dora": fields.get("use_dora"), "kasa_config": fields.get("kasa_config")}
-        assert config.unsupported() == {name: value for name, value in variants.items() if value}
+        assert config.unsupported() == {}
         rewritten = config.to_peft()
         for name in set(fields) - {"peft_version", "inference_mode"}:
             ours, theirs = rewritten.get(name), fields[name]
