@@ -28,7 +28,27 @@ class Slot:
     variant: str = "plain"
     blocks: tuple[Any, ...] = ()  # the fused layer's (role, rows) that the pair is made of; () for the whole layer
     bias: bool = False
+    anchored: bool = False  # whether the second half of each block's rank never trains: what the pair began as, negated
+    still: tuple[str, ...] = ()  # "A" or "B": that factor does not train
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
+
+    def parts(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """The Parameters, by name, that hold A (R, in) and B (out, R), or compact (rows, r)."""
+        if not self.anchored:
+            return {"A": A, "B": B}
+        n = max(len(self.blocks), 1)
+        r = self.rank // (2 * n)
+        a = A.view(n, 2 * r, -1)
+        halves = {"A": a[:, :r].reshape(n * r, -1), "start_A": a[:, r:].reshape(n * r, -1)}
+        return {**halves, "B": B[:, :r].contiguous(), "start_B": B[:, r:].contiguous()}
+
+    def joined(self, A: Tensor, B: Tensor, start_A: Tensor | None = None, start_B: Tensor | None = None) -> Any:
+        """What `parts` took apart."""
+        if start_A is None or start_B is None:
+            return A, B
+        n = max(len(self.blocks), 1)
+        a = torch.cat([A.view(n, -1, A.shape[1]), start_A.view(n, -1, A.shape[1])], dim=1)
+        return a.view(-1, A.shape[1]), torch.cat([B, start_B], dim=1)
 
     def exact_in(self, bank: torch.dtype, dtype: torch.dtype) -> bool:
         """Whether factors of `dtype` can be read back from a bank, bit for bit: B · 2^n / 2^n is B, rounding is not."""
@@ -44,6 +64,9 @@ class LoRABanks(nn.Module):
     in the layer's compute dtype, their scaling already in B. `present` (slots + 1,) says which slots have frozen
     factors here; the last one stands for every slot beyond the banks, and is never set. A trained bias is held, frozen,
     as its difference from the layer's own, in `bank_bias` (slots, out).
+
+    A trainable adapter that is anchored has the half of its rank that trains in `A<slot>` and `B<slot>`, and the other
+    in frozen Parameters `start_A<slot>` and `start_B<slot>`: Parameters, since DDP hands them to every process.
     """
 
     state: LoRAState
@@ -90,11 +113,13 @@ class LoRABanks(nn.Module):
         """Hold an adapter as Parameters. A: (R, in). B: (out, R), or compact (rows, r) where the slot has blocks."""
         self.remove(index)
         device = self.bank_A.device
-        for name, tensor in ((f"A{index}", A), (f"B{index}", B), (f"bias{index}", bias)):
+        pair = {} if A is None or B is None else slot.parts(A, B)
+        for name, tensor in {**pair, "bias": bias}.items():
             if tensor is not None:
-                parameter = nn.Parameter(tensor.detach().clone().to(device))
+                trains = not name.startswith("start_") and name not in slot.still
+                parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=trains)
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
-                self.register_parameter(name, parameter)
+                self.register_parameter(f"{name}{index}", parameter)
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             self.register_buffer(f"rows{index}", rows.to(device), persistent=False)
@@ -142,8 +167,8 @@ class LoRABanks(nn.Module):
         self.masters.pop(index, None)
         if slot is None:
             return
-        for name in (f"A{index}", f"B{index}", f"bias{index}"):
-            self._parameters.pop(name, None)
+        for name in ("A", "B", "start_A", "start_B", "bias"):
+            self._parameters.pop(f"{name}{index}", None)
         for name in (f"rows{index}", f"columns{index}"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
@@ -178,11 +203,20 @@ class LoRABanks(nn.Module):
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
+        A, B = self.compact(index, of)
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
         return A, B
+
+    def compact(
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. `of`: as of `dense`."""
+        slot = self.slots[index]
+        names = ("A", "B", "start_A", "start_B") if slot.anchored else ("A", "B")
+        found = [of(f"{name}{index}", getattr(self, f"{name}{index}")) for name in names]
+        return slot.joined(*found)
 
     def factors(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), dense and scaled, in `dtype`, of any adapter of this layer."""

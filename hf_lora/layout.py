@@ -402,6 +402,8 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
             "layers_to_transform": None,
             "layers_pattern": None,
         }
+    if config.init == "orthogonal" and any(pair.rank % 2 for pair in factors.values()):
+        changes["init"] = "kaiming"  # cut to an odd rank: PEFT begins anew before it loads, and orthogonally cannot
     heads = tuple(config.modules_to_save or ())
     unnamed = [path for path in value.modules if _head(path, heads) is None]
     if unnamed:

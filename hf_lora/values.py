@@ -63,6 +63,8 @@ class Factors:
         use_rslora: divide alpha by √R rather than R.
         blocks: slices of a fused layer. With n of them R = n·r, and columns i·r:(i+1)·r of B are zero outside block
             i's rows. Empty: the whole layer.
+        anchored: when it trains, the second half of each block's rank stays: what the pair began as, negated, so that
+            ΔW = scaling·(B·A − B₀·A₀). Nothing for a file: there it is a pair like any other.
 
     Raises:
         LoRAMismatchError: the tensors are no such pair.
@@ -76,6 +78,7 @@ class Factors:
     alpha: float
     use_rslora: bool = False
     blocks: tuple[Block, ...] = ()
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -93,6 +96,8 @@ class Factors:
             )
         if isinstance(self.alpha, bool) or not 0 < self.alpha < math.inf:
             raise LoRAMismatchError(f"alpha={self.alpha!r} is not a positive number.", name="alpha", value=self.alpha)
+        if self.anchored and a[0] % (2 * max(len(self.blocks), 1)):
+            raise LoRAMismatchError(f"Rank {a[0]} has no second half in each block.", name="anchored", value=a[0])
         if self.blocks:
             self._check_blocks()
 
@@ -138,7 +143,7 @@ class Factors:
     def num_parameters(self) -> int:
         """How many numbers were trained: in B only the rows that the blocks own."""
         rows = sum(map(len, self.blocks)) / max(len(self.blocks), 1) if self.blocks else self.B.shape[0]
-        return self.A.numel() + int(rows * self.rank)
+        return (self.A.numel() + int(rows * self.rank)) // (2 if self.anchored else 1)
 
     @property
     def in_features(self) -> int:

@@ -22,7 +22,8 @@ TABLE: dict[str, str] = {
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
-    "config": "errors fields patterns",
+    "initnames": "errors fields",
+    "config": "errors fields initnames patterns",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -69,9 +70,10 @@ TABLE: dict[str, str] = {
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
-    "initial": "config errors fitting layerinfo targeting values weights",
+    "inits": "config errors fields initnames sharding targeting weights",
+    "initial": "config errors fitting inits layerinfo targeting values weights",
     "fitting": "batches config errors layerinfo layers sharding state targeting values weights",
-    "model": "config errors facts fitting initial layerinfo layers routing rowmaps sharding slots state targeting values weights",  # noqa: E501
+    "model": "config errors facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact layerinfo layers model sharding state switching targeting ties values weights workers",
