@@ -52,10 +52,12 @@ def _look(
         most = _most(targets, firsts, settings["rho"])
         pcas = {path: IncrementalPCA(most[path], settings["tau"]) for path in modules if firsts[path] == path}
         ranks = dict(most)
-        for batch in bar(_again(data, pcas, ranks), "EVA"):
+        shown = bar(_again(data, pcas, ranks), "EVA")
+        for batch in shown:
             given = moved(batch, model)
             kept = positions(given, ignored)
             unsettled = {path: modules[path] for path, pca in pcas.items() if not pca.settled(ranks[path])}
+            shown.set_description_str(f"EVA: {len(pcas) - len(unsettled)}/{len(pcas)} inputs have settled")
             if not unsettled:
                 break
             with watching(unsettled, lambda path, x, kept=kept: pcas[path].update(rows_of(x, kept))):  # type: ignore[misc]
