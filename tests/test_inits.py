@@ -17,6 +17,7 @@ from hf_lora.errors import LoRAConfigError, LoRAStateError, LoRAUnsupportedError
 from hf_lora.inits import INITS
 from hf_lora.inits.pca import IncrementalPCA
 from hf_lora.model import read
+from hf_lora.progress import Progress
 from hf_lora.store import read_adapter
 
 torch.set_num_threads(1)
@@ -371,6 +372,67 @@ def test_dropout_copies_graphs_and_half_precision(tiny, batch):
     half = added(tiny("llama", dtype=torch.bfloat16), "pissa")
     assert close(logits(half, inputs).float(), logits(tiny("llama", dtype=torch.bfloat16), inputs).float(), 1e-2)
     assert all(p.dtype == torch.float32 for n, p in half.named_parameters() if ".lora_slots." in n)
+
+
+@pytest.mark.parametrize("init", sorted(initnames.NEED_DATA))
+def test_data_are_read_by_the_base_alone(init, tiny, monkeypatch):
+    """Whatever is active on the model, and in whatever mode it is."""
+    monkeypatch.setattr(torch, "svd_lowrank", seeded)
+    alone, crowded = tiny("llama"), tiny("llama")
+    crowded.add_lora(LoRAConfig(r=2, target_modules=["q", "down"], init="off"), "other")
+    crowded.train()
+    modes = [module.training for module in crowded.modules()]
+    added(alone, init, "x")
+    added(crowded, init, "x")
+    for path, f in read(alone, "x").factors.items():
+        assert torch.equal(f.A, read(crowded, "x").factors[path].A)
+        assert torch.equal(f.B, read(crowded, "x").factors[path].B)
+    assert [m.training for m in crowded.modules() if "lora_slots" not in m._modules][:9] == modes[:9]
+
+
+def test_lora_ga_of_a_conv1d_is_of_its_gradient(tiny):
+    model = tiny("gpt2")
+    for batch in loader():
+        (model(**batch).loss / 3).backward()
+    gradient = model.transformer.h[0].attn.c_attn.weight.grad.T.double()
+    model = tiny("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the gradient is taken in training mode
+    options = {"direction": "ArB2r", "scale": "unit"}
+    model.add_lora(LoRAConfig(r=3, target_modules=["q", "v"], init="lora_ga", init_options=options), data=loader())
+    f = read(model, "default").factors["transformer.h.0.attn.c_attn"]
+    for (_, A, B), rows in zip(f.split(), (slice(0, 32), slice(64, 96)), strict=True):
+        U, values, Vt = torch.linalg.svd(gradient[rows])
+        assert bool(((A[:3].double() * Vt[:3]).sum(1).abs() > 0.99).all())
+        assert torch.allclose(B[:, :3].double().norm(dim=0), values[3:6], rtol=0.05)
+        assert float((U[:, 3:6].T @ B[:, :3].double()).diagonal().abs().min()) > 0.9 * float(values[5])
+
+
+def test_logs_and_summary_are_of_what_was_learned(tiny):
+    model = added(tiny("llama"), "pissa")
+    assert max(v for k, v in Progress(model).measure().items() if k.startswith("delta_norm")) < 1e-6
+    steps(model)
+    found = Progress(model).measure()["delta_norm/up"]
+    factors, base = read(model, "default").factors, tiny("llama")
+    paths = [path for path in factors if path.endswith("up_proj")]
+    change = sum(float(factors[p].delta().double().square().sum()) for p in paths)
+    whole = sum(float(base.get_submodule(p).weight.detach().double().square().sum()) for p in paths)
+    assert found == pytest.approx((change / whole) ** 0.5, rel=1e-3)
+    assert "r=8 (half of it stays as it began)" in str(model.lora_summary())
+
+
+def test_pefts_config_and_a_plan(tiny, peft):
+    """`peft.LoraConfig` begins the same way; a plan counts what trains."""
+    model = tiny("llama")
+    model.add_lora(peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa_niter_4"))
+    assert all(f.anchored and f.rank == 8 for f in read(model, "default").factors.values())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert read(model, "default").num_parameters == trained
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    empty.add_lora(LoRAConfig(r=4, target_modules=["q"], init="pissa"))
+    assert sum(p.numel() for p in empty.parameters() if p.requires_grad) == trained
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
