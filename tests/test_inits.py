@@ -35,7 +35,9 @@ def loader(n: int = 3, rows_each: int = 2) -> list[dict[str, torch.Tensor]]:
         ids = torch.randint(3, 64, (rows_each, 20), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, -4:] = 0
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :3] = -100  # a prompt
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return found
 
 
@@ -263,8 +265,10 @@ def test_eva_is_pefts(tiny, peft):
     options = {"rho": 2.0, "tau": 0.99}
     fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": "eva"}
     config = peft.LoraConfig(**fields, eva_config=peft.EvaConfig(**options))
-    theirs = get_eva_state_dict(tiny("llama"), Sized(loader()), config, show_progress_bar=False)
-    model = tiny("llama")
+    model, other = tiny("llama"), tiny("llama")
+    for each in (model, other):  # two directions explain most of what goes into the first layer
+        each.model.layers[0].input_layernorm.weight.data[:2] *= 12
+    theirs = get_eva_state_dict(other, Sized(loader()), config, show_progress_bar=False)
     model.add_lora(config, data=loader())
     mine = starts(model)
     groups: dict[str, list[list[int]]] = {}
@@ -276,6 +280,7 @@ def test_eva_is_pefts(tiny, peft):
         n = min(len(w), len(A), 2)  # the later ones depend on the fast decomposition's random start
         assert bool((torch.cosine_similarity(A[:n], w[:n].double()) > 0.98).all()), path
     assert {k: sum(a for a, _ in v) for k, v in groups.items()} == {k: sum(b for _, b in v) for k, v in groups.items()}
+    assert len({len(w) for w in theirs.values()}) > 2
     assert sum(len(w) for w in theirs.values()) == sum(len(a) for a, _, _ in mine.values()) == 24
 
 
