@@ -32,8 +32,27 @@ class Slot:
     extras: tuple[str, ...] = ()  # the vectors of its variants, `extras.EXTRAS`
     gain: bool = False  # whether it multiplies the output
     extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
-    fixed: str = ""  # "A" or "B": the factor of a trainable adapter that stays as it is
+    anchored: bool = False  # whether the second half of each block's rank never trains: what the pair began as, negated
+    still: tuple[str, ...] = ()  # "A" or "B": the factor of a trainable adapter that stays as it began
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
+
+    def parts(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """The Parameters, by name, that hold A (R, in) and B (out, R), or compact (rows, r)."""
+        if not self.anchored:
+            return {"A": A, "B": B}
+        n = max(len(self.blocks), 1)
+        r = self.rank // (2 * n)
+        a = A.view(n, 2 * r, -1)
+        halves = {"A": a[:, :r].reshape(n * r, -1), "start_A": a[:, r:].reshape(n * r, -1)}
+        return {**halves, "B": B[:, :r].contiguous(), "start_B": B[:, r:].contiguous()}
+
+    def joined(self, A: Tensor, B: Tensor, start_A: Tensor | None = None, start_B: Tensor | None = None) -> Any:
+        """What `parts` took apart."""
+        if start_A is None or start_B is None:
+            return A, B
+        n = max(len(self.blocks), 1)
+        a = torch.cat([A.view(n, -1, A.shape[1]), start_A.view(n, -1, A.shape[1])], dim=1)
+        return a.view(-1, A.shape[1]), torch.cat([B, start_B], dim=1)
 
     def exact_in(self, bank: torch.dtype, dtype: torch.dtype) -> bool:
         """Whether factors of `dtype` can be read back from a bank, bit for bit: B · 2^n / 2^n is B, rounding is not."""
@@ -49,6 +68,9 @@ class LoRABanks(nn.Module):
     in the layer's compute dtype, their scaling already in B. `present` (slots + 1,) says which slots have frozen
     factors here; the last one stands for every slot beyond the banks, and is never set. A trained bias is held, frozen,
     as its difference from the layer's own, in `bank_bias` (slots, out).
+
+    A trainable adapter that is anchored has the half of its rank that trains in `A<slot>` and `B<slot>`, and the other
+    in frozen Parameters `start_A<slot>` and `start_B<slot>`: Parameters, since DDP hands them to every process.
 
     A variant's vectors are Parameters `<name><slot>` while they train. Frozen, they are folded: into B, into
     `bank_bias`, and into `bank_gain` (slots, out), what the layer's output is multiplied by, less 1.
@@ -114,9 +136,11 @@ class LoRABanks(nn.Module):
         device = self.bank_A.device
         slot.extras = tuple(extras or ())
         slot.gain = any(EXTRAS[name].gain for name in slot.extras)
-        for name, tensor in {"A": A, "B": B, "bias": bias, **(extras or {})}.items():
+        pair = {} if A is None or B is None else slot.parts(A, B)
+        for name, tensor in {**pair, "bias": bias, **(extras or {})}.items():
             if tensor is not None:
-                parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=name != slot.fixed)
+                trains = not name.startswith("start_") and name not in slot.still
+                parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=trains)
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
                 self.register_parameter(f"{name}{index}", parameter)
         if slot.blocks:
@@ -193,7 +217,7 @@ class LoRABanks(nn.Module):
         self.masters.pop(index, None)
         if slot is None:
             return
-        for name in ("A", "B", "bias", *slot.extras):
+        for name in ("A", "B", "start_A", "start_B", "bias", *slot.extras):
             self._parameters.pop(f"{name}{index}", None)
         for name in (f"rows{index}", f"columns{index}"):
             self._buffers.pop(name, None)
@@ -232,11 +256,20 @@ class LoRABanks(nn.Module):
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
+        A, B = self.compact(index, of)
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
         return A, B
+
+    def compact(
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. `of`: as of `dense`."""
+        slot = self.slots[index]
+        names = ("A", "B", "start_A", "start_B") if slot.anchored else ("A", "B")
+        found = [of(key, getattr(self, key)) for key in [f"{name}{index}" for name in names]]
+        return slot.joined(*found) if slot.anchored else (found[0], found[1])
 
     def factors(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), dense and scaled, in `dtype`, of any adapter of this layer."""

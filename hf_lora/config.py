@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from . import fields
+from . import fields, initnames
 from .errors import LoRAConfigError, LoRAUnsupportedError
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
@@ -111,12 +111,6 @@ _NEUTRAL = frozenset(
 # Change gradients or losses but not the forward pass: refused when an adapter is constructed, not when one is read.
 _TRAINING_ONLY = frozenset({"velora_config"})
 
-_INITS = {True: "kaiming", False: "off", "gaussian": "gaussian"}
-_INITS_BACK: dict[str, Any] = {ours: theirs for theirs, ours in _INITS.items()}
-# PEFT's other initialisations that leave the base's weights alone; pissa, olora, corda, loftq and lora_ga subtract
-# the initial product from the base (or quantise it), so that their factors alone do not say what the adapter computes.
-_INITS_BASE_UNTOUCHED = frozenset({"eva", "orthogonal", "mica"})
-
 
 def _off(value: Any) -> bool:
     """Whether a field of a variant is switched off: null, false, or empty (0 is a value)."""
@@ -124,8 +118,7 @@ def _off(value: Any) -> bool:
 
 
 _REMEDIES = {
-    "init_lora_weights": "This initialisation changed the base's weights: save it again in PEFT with "
-    "path_initial_model_for_weight_conversion, which turns it into a plain LoRA.",
+    "init_lora_weights": initnames.REMEDIES["file"],
 }
 
 
@@ -175,7 +168,7 @@ def _unknown_keyword(keyword: str, value: Any, known: Sequence[str]) -> LoRAConf
 
 
 def _translated(value: Any) -> Any:
-    return _INITS.get(value, value) if isinstance(value, bool | str) else value
+    return initnames.from_peft(value) or value if isinstance(value, bool) else value
 
 
 @_checked_keywords
@@ -203,6 +196,9 @@ class LoRAConfig:
         alpha_pattern: exceptions to `alpha`, likewise.
         modules_to_save: modules (heads) that are trained and saved whole.
         init: A of a new adapter is "kaiming" (uniform) or "gaussian" and B zero; "off": both random, for debugging.
+            Others: "orthogonal"; from the weights "pissa", "pissa_niter_N" (faster), "olora", "mica"; from data "eva",
+            "lora_ga", "corda".
+        init_options: settings of "eva", "lora_ga" or "corda", under PEFT's names, such as {"rho": 1.0}.
         task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS"; kept for other tools.
         base_model: Hub id or path of the base.
         revision: the base's revision.
@@ -233,7 +229,8 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
-    init: Literal["kaiming", "gaussian", "off"] = "kaiming"
+    init: str = "kaiming"
+    init_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     task_type: str | None = None
     base_model: str | None = None
     revision: str | None = None
@@ -248,7 +245,8 @@ class LoRAConfig:
         for name in ("use_rslora", "use_dora", "lora_bias", "freeze_a", "fan_in_fan_out"):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
-        fields.one_of("init", self.init, ("kaiming", "gaussian", "off"))
+        initnames.check(self.init)
+        put("init_options", initnames.options(self.init, self.init_options))
         for name in ("task_type", "base_model", "revision"):
             fields.optional_text(name, getattr(self, name))
         put("target_modules", fields.names_or_regex("target_modules", self.target_modules))
@@ -289,6 +287,18 @@ class LoRAConfig:
                 expected="target_modules as a list of names",
                 remedy="Put the layers' indices into the regular expression, or give target_modules as a list.",
             )
+
+    # -- how it begins -------------------------------------------------------------------------------------------
+
+    @property
+    def init_method(self) -> str:
+        """`init` without its number of iterations: "pissa" of "pissa_niter_4"."""
+        return initnames.method(self.init)
+
+    @property
+    def init_settings(self) -> dict[str, Any]:
+        """Every setting of the initialisation: `init_options` over PEFT's defaults."""
+        return initnames.settings(self.init, self.init_options)
 
     # -- what a layer gets ---------------------------------------------------------------------------------------
 
@@ -331,13 +341,17 @@ class LoRAConfig:
         """The fields of PEFT that change what an adapter computes and that hf_lora lacks; unknown ones too.
 
         Args:
-            constructing: also name what only matters when a new adapter is made or trained: the initialisations that
-                hf_lora lacks, and settings of the backward pass.
+            constructing: a new adapter is made: its initialisation may change the base (but LoftQ), and settings of it
+                or of the backward pass that hf_lora lacks are named too.
         """
-        found = {}
+        found: dict[str, Any] = {}
+        if self.init == "loftq" or (not constructing and initnames.method(self.init) in initnames.CHANGE_BASE):
+            found["init_lora_weights"] = self.init
         for name, value in self.peft_fields.items():
             if name == "init_lora_weights":
-                neutral = not constructing and isinstance(value, str) and value.lower() in _INITS_BASE_UNTOUCHED
+                neutral = not constructing and initnames.from_peft(value) not in (None, *initnames.CHANGE_BASE)
+            elif constructing and name == initnames.OPTIONS.get(self.init, ("",))[0]:
+                neutral = False
             else:
                 neutral = name in _NEUTRAL or (name in _TRAINING_ONLY and not constructing) or _off(value)
             if not neutral:
@@ -345,12 +359,19 @@ class LoRAConfig:
         return found
 
     def require_supported(self, *, constructing: bool = False) -> None:
-        """Raise `LoRAUnsupportedError`, naming every field of `unsupported`, if there is one."""
+        """Raise `LoRAUnsupportedError`, naming every field of `unsupported`, if there is one.
+
+        `LoRAConfigError` where a new adapter's variant cannot begin as `init` says.
+        """
         found = self.unsupported(constructing=constructing)
         if not found:
+            if constructing:
+                initnames.require_together(self.init, {"freeze_a": self.freeze_a, "kasa_config": self.kasa_config})
             return
         names = ", ".join(f"{name}={value!r}" for name, value in found.items())
         remedies = [_REMEDIES[name] for name in found if name in _REMEDIES]
+        if constructing and self.init == "loftq":
+            remedies[0] = initnames.REMEDIES["loftq"]
         unknown = [name for name in found if name not in PEFT_DEFAULTS]
         if unknown:
             remedies.append(
@@ -391,8 +412,9 @@ class LoRAConfig:
                 continue
             if name == "init_lora_weights":
                 value = value.lower() if isinstance(value, str) else bool(value) if value is None else value
-                if isinstance(value, bool) or value == "gaussian":
-                    own["init"] = _INITS[value]
+                init = initnames.from_peft(value)
+                if init is not None:
+                    own["init"] = init
                 elif isinstance(value, str):
                     kept[name] = value
                 else:
@@ -403,6 +425,7 @@ class LoRAConfig:
                 own[_OWN[name]] = value
             elif name not in PEFT_DEFAULTS or value != PEFT_DEFAULTS[name]:
                 kept[name] = value
+        own["init_options"] = initnames.own_options(own.get("init", ""), kept)
         for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if own.get(name) in ([], ""):
                 own[name] = None
@@ -429,7 +452,9 @@ class LoRAConfig:
             if isinstance(written[name], list):
                 written[name].sort()
         written["lora_alpha"] = _number(self.r if self.alpha is None else self.alpha)
-        written["init_lora_weights"] = _INITS_BACK[self.init]
+        written["init_lora_weights"] = initnames.to_peft(self.init)
+        if self.init_options:
+            written[initnames.OPTIONS[self.init][0]] = copy.deepcopy(dict(self.init_options))
         # The format's version, with hf_lora as the local part (PEP 440): the file is PEFT's, PEFT did not write it.
         written |= {"inference_mode": True, "peft_type": "LORA", "peft_version": "0.21.2+hf.lora"}
         written |= copy.deepcopy(dict(self.peft_fields))

@@ -448,11 +448,19 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
             "layers_to_transform": None,
             "layers_pattern": None,
         }
+    if any(_unrepeatable(config.init, pair) for pair in factors.values()):
+        changes["init"] = "kaiming"
     heads = tuple(config.modules_to_save or ())
     unnamed = [path for path in value.modules if _head(path, heads) is None]
     if unnamed:
         changes["modules_to_save"] = [*heads, *unnamed]
     return config.replace(**changes)
+
+
+def _unrepeatable(init: str, pair: Factors) -> bool:
+    """Whether PEFT, which begins anew before it loads, could not begin so at this rank (of a sum, or a cut)."""
+    odd = init == "orthogonal" and pair.rank % 2 == 1
+    return odd or (init == "mica" and pair.rank > min(pair.in_features, pair.out_features))
 
 
 def _anchored(path: str) -> str:

@@ -5,7 +5,9 @@ Whatever puts an adapter goes through `put`, which checks everything before it t
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,8 @@ from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateE
 from .extras import EXTRAS
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
-from .initial import initial_value
+from .initial import initial_value, refuse_embeddings
+from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .routing import batch_of
@@ -95,8 +98,9 @@ def add(
     active: bool = True,
     trainable: bool = True,
     replace: bool = False,
+    data: Iterable[Any] | None = None,
 ) -> Resolution:
-    """Put a new adapter on a model and freeze the base. B starts at zero, so the model computes what it did before.
+    """Put a new adapter on a model and freeze the base. ΔW starts at zero, so the model computes what it did before.
 
     Args:
         config: a `LoRAConfig`, or a `peft.LoraConfig`.
@@ -104,6 +108,7 @@ def add(
         active: make it the only active adapter; the others stay, frozen.
         trainable: let it train.
         replace: put it in place of an adapter of this name.
+        data: batches, where the initialisation looks at data: a DataLoader, say.
 
     Returns:
         What the config resolved to.
@@ -116,7 +121,11 @@ def add(
         config = LoRAConfig.from_peft(config)
     config.require_supported(constructing=True)
     found = resolve(model, config)
-    value = initial_value(model, config, found)
+    require_data(config, data)
+    refuse_embeddings(config, found.targets)
+    _require_putable(model, name, replace, state_of(model), modules_of(model))  # before hours of looking at data
+    found, seen = _look(model, config, found, data)
+    value = initial_value(model, config, found, seen)
     put(model, value, name, trainable=trainable, replace=replace, active=False)
     state = require(model)
     entry = state.entry(name)
@@ -130,6 +139,20 @@ def add(
     if active:
         state.default = Active(((entry, 1.0),))
     return found
+
+
+def _look(
+    model: nn.Module, config: LoRAConfig, found: Resolution, data: Iterable[Any] | None
+) -> tuple[Resolution, Mapping[str, Any] | None]:
+    """What the initialisation finds in data, run through the base alone; it may change the targets' ranks."""
+    look, state = INITS[config.init_method].look, state_of(model)
+    if look is None or data is None:
+        return found, None
+    with torch.inference_mode(False), contextlib.nullcontext() if state is None else state.override(NOTHING):
+        targets, seen = look(model, found.targets, data, config.init_settings)
+    left = {target.path for target in targets}
+    dropped = [f"{t.path}: init={config.init!r} gave it no rank" for t in found.targets if t.path not in left]
+    return dataclasses.replace(found, targets=targets, skipped=(*found.skipped, *dropped)), seen
 
 
 # ---- putting ---------------------------------------------------------------------------------------------------------
@@ -161,34 +184,9 @@ def put(
         LoRAMismatchError: it does not fit; lists every missing module and wrong shape. The model is as before.
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
-    if not isinstance(name, str) or not name:
-        raise LoRANameError(
-            f"{name!r} is no name for an adapter.",
-            value=name,
-            expected="a string that is not empty",
-            remedy='Give any string, such as "task" or "org/task".',
-        )
     value.config.require_supported()
-    state = state_of(model)
-    modules = modules_of(model)
-    _refuse_foreign(model, state, modules)
-    if state is not None:
-        state.require_unmerged("add_lora")
-        if state.overridden and any(state.current.entries):
-            raise LoRAStateError(
-                "An adapter cannot be added inside use_lora() or route_lora().",
-                remedy="Add or load it before the with block.",
-            )
-        if name in state.entries and not replace:
-            raise LoRANameError(
-                f"An adapter named {name!r} is already on this model.",
-                name=name,
-                value=name,
-                remedy="Choose another name, remove_lora() it, or pass replace=True.",
-            )
-        if name in state.entries:
-            state.require_unused("replace", [state.entries[name]])
-        _refuse_managed(model, [state.entries[name]] if name in state.entries else [], "replaced")
+    state, modules = state_of(model), modules_of(model)
+    _require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
@@ -215,6 +213,37 @@ def put(
         state.entries = {**state.entries, name: entry}
         if active or (active is None and not state.default.mixture):
             state.default = Active(((entry, 1.0),))
+
+
+def _require_putable(
+    model: nn.Module, name: str, replace: bool, state: LoRAState | None, modules: Mapping[str, nn.Module]
+) -> None:
+    """Raise if no adapter can be put under this name now, whatever it holds."""
+    if not isinstance(name, str) or not name:
+        raise LoRANameError(
+            f"{name!r} is no name for an adapter.",
+            value=name,
+            expected="a string that is not empty",
+            remedy='Give any string, such as "task" or "org/task".',
+        )
+    _refuse_foreign(model, state, modules)
+    if state is not None:
+        state.require_unmerged("add_lora")
+        if state.overridden and any(state.current.entries):
+            raise LoRAStateError(
+                "An adapter cannot be added inside use_lora() or route_lora().",
+                remedy="Add or load it before the with block.",
+            )
+        if name in state.entries and not replace:
+            raise LoRANameError(
+                f"An adapter named {name!r} is already on this model.",
+                name=name,
+                value=name,
+                remedy="Choose another name, remove_lora() it, or pass replace=True.",
+            )
+        if name in state.entries:
+            state.require_unused("replace", [state.entries[name]])
+        _refuse_managed(model, [state.entries[name]] if name in state.entries else [], "replaced")
 
 
 def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> None:
@@ -258,7 +287,7 @@ def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
 
 def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> bool:
     """Put the value into the layers. Returns whether they now hold every bit of it."""
-    rslora = value.config.use_rslora
+    rslora, still = value.config.use_rslora, INITS[value.config.init_method].still
     held = not (value.biases or value.modules or value.embeddings)
     for path, factors in value.factors.items():
         module = plan.modules[path]
@@ -272,9 +301,9 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             entry.trainable,
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
+            anchored=factors.anchored,
+            still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
-        if value.config.freeze_a and entry.trainable:
-            slot.fixed = "B" if factors.kind == "embedding" else "A"  # what began at random
         A, B, extras = factors.A, factors.B, factors.extras
         if entry.trainable:
             master = torch.promote_types(A.dtype, torch.float32)
@@ -532,7 +561,8 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         kind = "embedding" if slots.kind == "embedding" else "linear"
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
         rslora = resident.config.use_rslora
-        factors[path] = Factors(kind, pair[0], pair[1], slot.alpha, rslora, blocks, extras)  # type: ignore[arg-type]
+        A, B = pair
+        factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, anchored=slot.anchored)  # type: ignore[arg-type]
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -613,10 +643,8 @@ def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             B = B[rows, columns]
-        assign(slots.get_parameter(f"A{index}"), factors.A)
-        assign(slots.get_parameter(f"B{index}"), B)
-        for name, tensor in factors.extras.items():
-            assign(slots.get_parameter(f"{name}{index}"), tensor)
+        for name, part in {**slot.parts(factors.A, B), **factors.extras}.items():
+            assign(slots.get_parameter(f"{name}{index}"), part)
     for path, bias in value.biases.items():
         assign(modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}"), bias)
     for path, tensors in value.modules.items():

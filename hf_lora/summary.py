@@ -33,6 +33,7 @@ class AdapterSummary:
     biases: int
     architecture: str | None
     skipped: tuple[str, ...]
+    anchored: bool = False  # half of the rank is what the adapter began as, and stays
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Summary:
             f"active: {self.active!r}" + (f"   merged: {self.merged!r}" if self.merged else ""),
         ]
         for a in self.adapters:
+            half = " (half of it stays as it began)" if a.anchored and a.trainable else ""
             marks = ", ".join(["active"] * a.active + ["trainable" if a.trainable else "frozen"])
-            lines.append(f"  {a.name!r} ({marks}): r={a.rank}, {a.parameters:,} parameters, {_size(a.nbytes)}")
+            lines.append(f"  {a.name!r} ({marks}): r={a.rank}{half}, {a.parameters:,} parameters, {_size(a.nbytes)}")
             lines.append("    targets: " + ", ".join(f"{role} × {n}" for role, n in a.targets.items()))
             if a.heads:
                 lines.append(f"    trained whole: {', '.join(a.heads)}")
@@ -83,10 +85,11 @@ def summarise(model: nn.Module) -> Summary:
     for entry in state.entries.values():
         resident = entry.record
         ranks, counts = set(), Counter[str]()
-        sizes = _sizes(model, entry)
+        sizes, anchored = _sizes(model, entry), False
         for path in resident.layers:
             slots: LoRASlots = model.get_submodule(path).lora_slots  # type: ignore[assignment]
             slot = slots.slots[entry.slot]
+            anchored = anchored or slot.anchored
             ranks.add(slot.rank // max(len(slot.blocks), 1))
             names = [role for role, _ in slot.blocks] or roles.get(path) or (path.rpartition(".")[2],)
             for role in names if slot.blocks else ["+".join(names)]:
@@ -104,6 +107,7 @@ def summarise(model: nn.Module) -> Summary:
                 len(resident.biases),
                 resident.architecture,
                 resident.skipped,
+                anchored,
             )
         )
     return Summary(

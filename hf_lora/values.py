@@ -65,6 +65,8 @@ class Factors:
         blocks: slices of a fused layer. With n of them R = n·r, and columns i·r:(i+1)·r of B are zero outside block
             i's rows. Empty: the whole layer.
         extras: the tensors that a variant adds, by the names in `extras.EXTRAS`, such as DoRA's "magnitude" (out,).
+        anchored: when it trains, the second half of each block's rank stays: what the pair began as, negated, so that
+            ΔW = scaling·(B·A − B₀·A₀). Nothing for a file: there it is a pair like any other.
 
     Raises:
         LoRAMismatchError: the tensors are no such pair.
@@ -79,6 +81,7 @@ class Factors:
     use_rslora: bool = False
     blocks: tuple[Block, ...] = ()
     extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -100,6 +103,8 @@ class Factors:
             raise LoRAMismatchError(f"alpha={self.alpha!r} is not a positive number.", name="alpha", value=self.alpha)
         for name, tensor in self.extras.items():
             self._check_extra(name, tensor)
+        if self.anchored and a[0] % (2 * max(len(self.blocks), 1)):
+            raise LoRAMismatchError(f"Rank {a[0]} has no second half in each block.", name="anchored", value=a[0])
         if self.blocks:
             self._check_blocks()
 
@@ -174,7 +179,8 @@ class Factors:
     def num_parameters(self) -> int:
         """How many numbers were trained: in B only the rows that the blocks own."""
         rows = sum(map(len, self.blocks)) / max(len(self.blocks), 1) if self.blocks else self.B.shape[0]
-        return self.A.numel() + int(rows * self.rank) + sum(tensor.numel() for tensor in self.extras.values())
+        pair = self.A.numel() + int(rows * self.rank)
+        return pair // (2 if self.anchored else 1) + sum(tensor.numel() for tensor in self.extras.values())
 
     @property
     def in_features(self) -> int:

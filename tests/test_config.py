@@ -31,7 +31,8 @@ needs_corpus = pytest.mark.skipif(
         *[("dropout", bad) for bad in (1, 1.0, -0.1, float("nan"), "0.1", True, None)],
         *[("use_rslora", bad) for bad in (1, "true", None)],
         *[("bias", bad) for bad in ("lora", None, "None", True)],
-        *[("init", bad) for bad in ("pissa", True, None, "kaming")],
+        *[("init", bad) for bad in ("pissa_niter_0", True, None, "kaming")],
+        *[("init_options", bad) for bad in ({"rho": 2.0}, 3, [])],
         *[
             ("target_modules", bad)
             for bad in ([], "", "  ", ["q", ""], ["q", 3], ["q", "q"], 3, "*proj", b"q", {"q": 1})
@@ -243,7 +244,7 @@ def test_what_changes_the_computation_is_named(fields):
 
 
 def test_training_asks_for_more_than_loading():
-    for fields in ({"init_lora_weights": "eva"}, {"velora_config": {"scale": 1.0}}):
+    for fields in ({"velora_config": {"scale": 1.0}},):
         config = LoRAConfig.from_peft({"peft_type": "LORA", **fields})
         assert config.unsupported() == {}
         assert config.unsupported(constructing=True) == fields

@@ -23,7 +23,8 @@ TABLE: dict[str, str] = {
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
-    "config": "errors fields patterns",
+    "initnames": "errors fields",
+    "config": "errors fields initnames patterns",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -70,9 +71,10 @@ TABLE: dict[str, str] = {
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
-    "initial": "config errors extras fitting layerinfo targeting values variants weights",
+    "inits": "config errors fields initnames sharding targeting weights",
+    "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
-    "model": "config errors extras facts fitting initial layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model sharding state switching targeting ties values variants weights workers",  # noqa: E501
