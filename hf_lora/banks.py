@@ -46,10 +46,16 @@ class Slot:
         halves = {"A": a[:, :r].reshape(n * r, -1), "start_A": a[:, r:].reshape(n * r, -1)}
         return {**halves, "B": B[:, :r].contiguous(), "start_B": B[:, r:].contiguous()}
 
-    def joined(self, A: Tensor, B: Tensor, start_A: Tensor | None = None, start_B: Tensor | None = None) -> Any:
-        """What `parts` took apart."""
-        if start_A is None or start_B is None:
-            return A, B
+    @staticmethod
+    def learned(A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Other parts of the same product: B·A − B₀·A₀ = B·(A − A₀) + (B − B₀)·A₀. `start_B` is −B₀.
+
+        Nothing large cancels, as what DoRA's norm has of W·Aᵀ in half precision must not.
+        """
+        return A - start_A, B, start_A, B + start_B
+
+    def joined(self, A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What `parts` took apart, of a slot that is anchored."""
         n = max(len(self.blocks), 1)
         a = torch.cat([A.view(n, -1, A.shape[1]), start_A.view(n, -1, A.shape[1])], dim=1)
         return a.view(-1, A.shape[1]), torch.cat([B, start_B], dim=1)
@@ -246,30 +252,33 @@ class LoRABanks(nn.Module):
         return own, (B.to("cpu").T / slot.scaling).to(own.dtype).contiguous()
 
     def dense(
-        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor, *, learned: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """A (R, in) and the dense, unscaled B (out, R) of a trainable adapter; None without factors.
 
         Args:
             of: what to take for a Parameter, given its name here and itself.
+            learned: of one that is anchored another pair of the same product, see `Slot.learned`.
         """
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = self.compact(index, of)
+        A, B = self.compact(index, of, learned=learned)
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
         return A, B
 
     def compact(
-        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor, *, learned: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. `of`: as of `dense`."""
+        """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. Arguments: as of `dense`."""
         slot = self.slots[index]
         names = ("A", "B", "start_A", "start_B") if slot.anchored else ("A", "B")
         found = [of(key, getattr(self, key)) for key in [f"{name}{index}" for name in names]]
-        return slot.joined(*found) if slot.anchored else (found[0], found[1])
+        if not slot.anchored:
+            return found[0], found[1]
+        return slot.joined(*(slot.learned(*found) if learned else found))
 
     def factors(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), dense and scaled, in `dtype`, of any adapter of this layer."""
@@ -288,7 +297,7 @@ class LoRABanks(nn.Module):
 
     def effect(self, index: int, layer: nn.Module) -> Effect:
         """What a trainable adapter with a variant's vectors comes to on the layer, differentiable."""
-        pair = self.dense(index)
+        pair = self.dense(index, learned=True)
         assert pair is not None
         return effect_of(self.extras(index), *pair, self.slots[index].scaling, lambda: self._base(layer))
 

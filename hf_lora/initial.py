@@ -89,7 +89,7 @@ def initial_value(
 
 
 def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig) -> Factors:
-    """The factors of a new adapter with its variants' vectors: where ΔW is zero, the layer computes what it did before."""
+    """The factors of a new adapter with its variants' vectors: while ΔW is zero, the layer computes what it did."""
     lacking = weight_problem(module, asked_for(config), pair.rank)
     if lacking is not None:
         raise LoRAUnsupportedError(

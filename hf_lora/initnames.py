@@ -75,11 +75,7 @@ _WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
 # What a variant's field cannot begin with, and why.
 _APART: dict[str, tuple[frozenset[str], str]] = {
     "freeze_a": (frozenset({"mica"}), "one keeps A and the other B, so that neither factor would train"),
-    "kasa_config": (
-        CHANGE_BASE | {"mica", "orthogonal"},
-        "KaSA takes W's smallest singular values away and scales each rank by one of its own, and this start is of "
-        "the whole W and of B·A",
-    ),
+    "kasa_config": (CHANGE_BASE | {"mica", "orthogonal"}, "with σ between A and B this start is not what it is for"),
 }
 
 REMEDIES = {

@@ -458,9 +458,12 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
 
 
 def _unrepeatable(init: str, pair: Factors) -> bool:
-    """Whether PEFT, which begins anew before it loads, could not begin so at this rank (of a sum, or a cut)."""
-    odd = init == "orthogonal" and pair.rank % 2 == 1
-    return odd or (init == "mica" and pair.rank > min(pair.in_features, pair.out_features))
+    """Whether PEFT, which begins anew before it loads, could not begin so at this rank, or with these variants."""
+    if init == "mica":
+        return bool(pair.extras) or pair.rank > min(pair.in_features, pair.out_features)
+    if "offset" in pair.extras:
+        return init not in ("kaiming", "off")
+    return init == "orthogonal" and pair.rank % 2 == 1
 
 
 def _anchored(path: str) -> str:

@@ -550,3 +550,98 @@ def test_an_orthogonal_start_that_peft_could_not_repeat_is_not_named(tiny, tmp_p
     again = tiny("llama")
     again.load_lora(tmp_path)
     assert '"init_lora_weights": true' in (tmp_path / "adapter_config.json").read_text()
+
+
+# ---- with variants ---------------------------------------------------------------------------------------------------
+
+TOGETHER = [
+    ("pissa", {"use_dora": True}),
+    ("mica", {"use_dora": True}),
+    ("lora_ga", {"use_dora": True, "freeze_a": True}),
+    ("olora", {"freeze_a": True}),
+    ("orthogonal", {"lora_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("init", "variant"), TOGETHER, ids=str)
+def test_the_whole_path_of_a_variant(init, variant, tiny, peft, tmp_path):
+    """As of an initialisation alone; and merges, frozen factors, a compiled graph."""
+    family, targets = ("gpt2", ["c_attn", "c_fc"]) if "lora_bias" in variant else ("llama", ["q_proj", "up_proj"])
+    model, inputs = tiny(family), loader()[1]
+    inputs.pop("labels")
+    before, base = bits(model), logits(model, inputs)
+    added(model, init, target_modules=targets, **variant)
+    assert close(logits(model, inputs), base, 2e-6)
+    stays = {"A"} if variant.get("freeze_a") else {"B"} if init == "mica" else set()
+    stays |= {"start_A", "start_B"} if init in ANCHORED else set()
+    own = [(n.rpartition(".")[2], p) for n, p in model.named_parameters() if ".lora_slots." in n]
+    assert {name[:-1] for name, p in own if not p.requires_grad} == stays
+    losses = steps(model)
+    assert losses[-1] < losses[0]
+    ours, value = logits(model, inputs), model.lora_adapter("default")
+    assert not close(ours, base, 1e-2)
+    if init == "pissa":
+        assert close(logits(torch.compile(model, backend="eager", fullgraph=True), inputs), ours)
+    model.save_lora(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(family), str(tmp_path)).eval()
+    assert close(ours, logits(theirs, inputs))
+    model.train_lora([])
+    assert close(logits(model, inputs), ours)
+    held = bits(model)
+    model.merge_lora()
+    assert close(logits(model, inputs), ours)
+    model.unmerge_lora()
+    assert bits(model) == held
+    model.train_lora("default")
+    assert model.lora_adapter("default").equal(value)
+    assert torch.equal(logits(model, inputs), ours)
+    model.remove_lora()
+    assert bits(model) == before
+
+
+def test_dora_from_pissa_has_the_gradients_of_the_formula(tiny):
+    """W' = m ∘ V / ‖V‖, V = W + s·(B·A − B₀·A₀), with the norm a constant."""
+    model = added(tiny("llama"), "pissa", target_modules=["q_proj"], use_dora=True)
+    steps(model, 2)
+    layer = model.model.layers[0].self_attn.q_proj
+    slots, x = layer.lora_slots, torch.randn(7, 32)
+    for parameter in slots.parameters():
+        parameter.grad = None
+    layer(x).square().sum().backward()
+    names = ("A0", "B0", "magnitude0")
+    A, B, m = (getattr(slots, name).detach().double().requires_grad_() for name in names)
+    V = layer.weight.double() + slots.slots[0].scaling * (B @ A + slots.start_B0.double() @ slots.start_A0.double())
+    W = (m / V.detach().norm(dim=1))[:, None] * V
+    (x.double() @ W.T).square().sum().backward()
+    for name, expected in zip(names, (A, B, m), strict=True):
+        assert close(getattr(slots, name).grad.double(), expected.grad, 1e-5), name
+
+
+def test_the_norm_of_a_small_change_is_not_lost_in_half_precision(tiny):
+    """In bfloat16 B·A and B₀·A₀ are each as large as W; what they differ by is what DoRA's norm is of."""
+    model = added(tiny("llama", dtype=torch.bfloat16), "pissa", target_modules=["q_proj"], use_dora=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    slots = layer.lora_slots
+    with torch.no_grad():
+        slots.A0.add_(1e-3 * slots.A0.std() * torch.randn(slots.A0.shape))
+        gain = slots.effect(0, layer).gain.double()
+        A, B = (x.double() for x in slots.dense(0))
+        V = layer.weight.double() + slots.slots[0].scaling * (B @ A)
+        assert close(gain, slots.magnitude0.double() / V.norm(dim=1), 2e-5)
+
+
+REFUSED = [("kasa_config", init) for init in ("pissa", "pissa_niter_4", "olora", "mica", "orthogonal", "corda")]
+
+
+@pytest.mark.parametrize(("field", "init"), [*REFUSED, ("freeze_a", "mica")])
+def test_a_variant_that_cannot_begin_so(field, init, tiny):
+    model = tiny("llama")
+    before = bits(model)
+    value = {} if field == "kasa_config" else True
+    with pytest.raises(LoRAConfigError, match=rf"(?s){field}.*{init}.*Leave {field} out") as caught:
+        model.add_lora(LoRAConfig(init=init, **{field: value}), data=given(init))
+    assert caught.value.name == field
+    assert bits(model) == before
+    # The file of one that was trained elsewhere says what it computes, however it began.
+    if init in ("mica", "orthogonal") and field == "kasa_config":
+        LoRAConfig.from_peft({"peft_type": "LORA", "init_lora_weights": init, "kasa_config": {}}).require_supported()
