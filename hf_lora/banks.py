@@ -263,22 +263,22 @@ class LoRABanks(nn.Module):
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = self.compact(index, of, learned=learned)
+        A, B = self.compact(index, of, learned)
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
         return A, B
 
     def compact(
-        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor, *, learned: bool = False
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor, learned: bool = False
     ) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. Arguments: as of `dense`."""
         slot = self.slots[index]
-        names = ("A", "B", "start_A", "start_B") if slot.anchored else ("A", "B")
-        found = [of(key, getattr(self, key)) for key in [f"{name}{index}" for name in names]]
+        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
         if not slot.anchored:
-            return found[0], found[1]
-        return slot.joined(*(slot.learned(*found) if learned else found))
+            return A, B
+        start_A, start_B = (of(key, getattr(self, key)) for key in (f"start_A{index}", f"start_B{index}"))
+        return slot.joined(*(slot.learned(A, B, start_A, start_B) if learned else (A, B, start_A, start_B)))
 
     def factors(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), dense and scaled, in `dtype`, of any adapter of this layer."""
