@@ -239,7 +239,8 @@ class LoRABanks(nn.Module):
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""
-        rank = self.slots[index].rank + self.slots[index].extra_rank
+        slot = self.slots[index]
+        rank = slot.rank + slot.extra_rank
         A, B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
         return (A, B) if A.shape[0] == rank == B.shape[0] else (A[:rank], B[:rank])
 

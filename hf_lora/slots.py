@@ -110,13 +110,16 @@ class LoRASlots(LoRABanks):
         `origin`: the layer's own output, where `output` holds more already; an adapter with a gain multiplies that.
         """
         scaled = isinstance(weight, Tensor) or weight != 1
-        dropout = slot.dropout if slot.dropout and self.training and self.kind != "embedding" else 0.0
-        own = output if origin is None else origin
+        dropout = slot.dropout
+        if dropout and (not self.training or self.kind == "embedding"):
+            dropout = 0.0
         if slot.extras and slot.trainable:
+            own = output if origin is None else origin
             changed = self._changed(x, own, base, index, dropout)
             output = output + (changed - own) * weight if scaled or own is not output else changed
         elif slot.rank:
             if slot.gain:
+                own = output if origin is None else origin
                 if dropout:  # what is multiplied sees the input that A sees
                     x, dropout = dropped_out(x, dropout), 0.0
                     own = self.base.forward(base, x)
