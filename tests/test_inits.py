@@ -554,6 +554,15 @@ def test_an_orthogonal_start_that_peft_could_not_repeat_is_not_named(tiny, tmp_p
 
 # ---- with variants ---------------------------------------------------------------------------------------------------
 
+
+def test_a_start_that_peft_refuses_with_a_variant_is_not_named(tiny, tmp_path, peft):
+    for place, (init, variant) in enumerate([("gaussian", "lora_bias"), ("mica", "use_dora"), ("eva", "lora_bias")]):
+        model = added(tiny("llama"), init, target_modules=["q_proj"], **{variant: True})
+        assert model.lora_adapter("default").config.init == init
+        model.save_lora(tmp_path / str(place))
+        assert peft.LoraConfig.from_pretrained(str(tmp_path / str(place))).init_lora_weights is True
+
+
 TOGETHER = [
     ("pissa", {"use_dora": True}),
     ("mica", {"use_dora": True}),
