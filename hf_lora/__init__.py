@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .config import LoRAConfig
     from .hub import list_adapters
     from .importers import extract_lora
+    from .kasa import kasa_loss
     from .optimizer import optimizer_groups
     from .planning import plan
     from .pool import LoRAPool
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "combine",
     "extract_lora",
+    "kasa_loss",
     "list_adapters",
     "optimizer_groups",
     "plan",
@@ -73,6 +75,7 @@ _LATER = {
     "LoRAPool": "pool",
     "combine": "arithmetic",
     "extract_lora": "importers",
+    "kasa_loss": "kasa",
     "list_adapters": "hub",
     "optimizer_groups": "optimizer",
     "plan": "planning",

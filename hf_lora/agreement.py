@@ -14,7 +14,7 @@ from . import layout
 from .bases import hub_id, same_base
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError
-from .values import AdapterValue, Factors
+from .values import AdapterValue, Factors, refuse_extras
 
 __all__ = [
     "check_adapters",
@@ -53,6 +53,7 @@ def check_adapters(adapters: Any, *, force: bool) -> None:
                 remedy="Load it: LoRAAdapter.load(folder_or_repo), or model.lora_adapter(name).",
             )
         adapter.config.require_supported()
+        refuse_extras(adapter, "A combination")
     check_finite({f"adapter {i}, {path}": f for i, one in enumerate(adapters) for path, f in one.factors.items()})
     _check_shapes(adapters)
     if not force:
@@ -155,7 +156,9 @@ def _same_base(one: LoRAConfig, other: LoRAConfig) -> bool:
 
 
 def require_factors_only(adapters: Sequence[AdapterValue], verb: str) -> None:
-    """Raise if one of `adapters` trained heads or biases: only factors add up."""
+    """Raise if one of `adapters` trained heads, biases or a variant's vectors: only factors add up."""
+    for adapter in adapters:
+        refuse_extras(adapter, verb)
     facts = [
         f"adapter {number}: {name}"
         for number, adapter in enumerate(adapters)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import agreement, fields, lowrank, sparsify
 from .errors import LoRAConfigError, LoRAMismatchError
 from .lowrank import Merge, Terms
-from .values import AdapterValue
+from .values import AdapterValue, refuse_extras
 
 __all__ = ["Method", "combine", "factors_only", "negate", "truncate"]
 
@@ -180,6 +180,7 @@ def truncate(adapter: V, rank: int | None = None, energy: float | None = None) -
             expected="a positive integer, or energy in (0, 1]",
             remedy="Write truncate(rank=4) or truncate(energy=0.99).",
         )
+    refuse_extras(adapter, "truncate()")
     agreement.check_finite(adapter.factors)
     factors = {path: lowrank.reduced(pair, rank or pair.rank, energy) for path, pair in adapter.factors.items()}
     if all(pair is adapter.factors[path] for path, pair in factors.items()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .extras import EXTRAS
 from .state import LoRAState
+from .variants import Base, Effect, effect_of
 
 __all__ = ["LoRABanks", "Slot", "block_index"]
 
@@ -25,10 +27,38 @@ class Slot:
     scaling: float = 1.0
     dropout: float = 0.0
     trainable: bool = False
-    variant: str = "plain"
     blocks: tuple[Any, ...] = ()  # the fused layer's (role, rows) that the pair is made of; () for the whole layer
-    bias: bool = False
+    bias: bool = False  # whether it adds to the output what depends on no input
+    extras: tuple[str, ...] = ()  # the vectors of its variants, `extras.EXTRAS`
+    gain: bool = False  # whether it multiplies the output
+    extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
+    anchored: bool = False  # whether the second half of each block's rank never trains: what the pair began as, negated
+    still: tuple[str, ...] = ()  # "A" or "B": the factor of a trainable adapter that stays as it began
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
+
+    def parts(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """The Parameters, by name, that hold A (R, in) and B (out, R), or compact (rows, r)."""
+        if not self.anchored:
+            return {"A": A, "B": B}
+        n = max(len(self.blocks), 1)
+        r = self.rank // (2 * n)
+        a = A.view(n, 2 * r, -1)
+        halves = {"A": a[:, :r].reshape(n * r, -1), "start_A": a[:, r:].reshape(n * r, -1)}
+        return {**halves, "B": B[:, :r].contiguous(), "start_B": B[:, r:].contiguous()}
+
+    @staticmethod
+    def learned(A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Other parts of the same product: B·A − B₀·A₀ = B·(A − A₀) + (B − B₀)·A₀. `start_B` is −B₀.
+
+        Nothing large cancels, as what DoRA's norm has of W·Aᵀ in half precision must not.
+        """
+        return A - start_A, B, start_A, B + start_B
+
+    def joined(self, A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What `parts` took apart, of a slot that is anchored."""
+        n = max(len(self.blocks), 1)
+        a = torch.cat([A.view(n, -1, A.shape[1]), start_A.view(n, -1, A.shape[1])], dim=1)
+        return a.view(-1, A.shape[1]), torch.cat([B, start_B], dim=1)
 
     def exact_in(self, bank: torch.dtype, dtype: torch.dtype) -> bool:
         """Whether factors of `dtype` can be read back from a bank, bit for bit: B · 2^n / 2^n is B, rounding is not."""
@@ -44,6 +74,12 @@ class LoRABanks(nn.Module):
     in the layer's compute dtype, their scaling already in B. `present` (slots + 1,) says which slots have frozen
     factors here; the last one stands for every slot beyond the banks, and is never set. A trained bias is held, frozen,
     as its difference from the layer's own, in `bank_bias` (slots, out).
+
+    A trainable adapter that is anchored has the half of its rank that trains in `A<slot>` and `B<slot>`, and the other
+    in frozen Parameters `start_A<slot>` and `start_B<slot>`: Parameters, since DDP hands them to every process.
+
+    A variant's vectors are Parameters `<name><slot>` while they train. Frozen, they are folded: into B, into
+    `bank_bias`, and into `bank_gain` (slots, out), what the layer's output is multiplied by, less 1.
     """
 
     state: LoRAState
@@ -57,8 +93,13 @@ class LoRABanks(nn.Module):
     bank_A: Tensor
     bank_B: Tensor
     bank_bias: Tensor
+    bank_gain: Tensor
+    gained: bool  # whether any of them multiplies the output
     base: type[nn.Module]  # the class that the layer had
     present: Tensor
+    _squares: Tensor | None  # ‖W‖² of each row, (out,), once a variant has asked for it
+    _squares_of: Any  # the weight that they are of
+    _tails: dict[int, tuple[Tensor, Tensor]]  # of the same weight, by rank
 
     def __init__(
         self,
@@ -74,53 +115,93 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={}, fresh=False)
+        vars(self).update(slots={}, masters={}, fresh=False, gained=False, _squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
             bank_A=empty.view(0, 0, in_features),
             bank_B=empty.view(0, 0, out_features),
             bank_bias=empty.view(0, out_features),
+            bank_gain=empty.view(0, out_features),
             present=torch.zeros(1, device=device, dtype=torch.bool),
         )
         self._non_persistent_buffers_set.update(self._buffers)
 
     # ---- putting and reading ----------------------------------------------------------------------------------------
 
-    def put_trainable(self, index: int, slot: Slot, A: Tensor | None, B: Tensor | None, bias: Tensor | None) -> None:
+    def put_trainable(
+        self,
+        index: int,
+        slot: Slot,
+        A: Tensor | None,
+        B: Tensor | None,
+        bias: Tensor | None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Hold an adapter as Parameters. A: (R, in). B: (out, R), or compact (rows, r) where the slot has blocks."""
         self.remove(index)
         device = self.bank_A.device
-        for name, tensor in ((f"A{index}", A), (f"B{index}", B), (f"bias{index}", bias)):
+        slot.extras = tuple(extras or ())
+        slot.gain = any(EXTRAS[name].gain for name in slot.extras)
+        pair = {} if A is None or B is None else slot.parts(A, B)
+        for name, tensor in {**pair, "bias": bias, **(extras or {})}.items():
             if tensor is not None:
-                parameter = nn.Parameter(tensor.detach().clone().to(device))
+                trains = not name.startswith("start_") and name not in slot.still
+                parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=trains)
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
-                self.register_parameter(name, parameter)
+                self.register_parameter(f"{name}{index}", parameter)
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             self.register_buffer(f"rows{index}", rows.to(device), persistent=False)
             self.register_buffer(f"columns{index}", columns.to(device), persistent=False)
-        self.slots[index] = slot
+        self._hold(index, slot)
 
-    def put_frozen(self, index: int, slot: Slot, A: Tensor | None, B: Tensor | None, bias: Tensor | None) -> None:
-        """Write an adapter into the banks, cast once. A: (R, in). B: (out, R), unscaled, dense. bias: b' − b (out,)."""
+    def put_frozen(
+        self,
+        index: int,
+        slot: Slot,
+        A: Tensor | None,
+        B: Tensor | None,
+        bias: Tensor | None,
+        effect: Effect | None = None,
+    ) -> None:
+        """Write an adapter into the banks, cast once.
+
+        Args:
+            A: (R, in). B: (out, R), unscaled, dense.
+            bias: what it changes the bias by, b' − b, (out,).
+            effect: what the pair and a variant's vectors come to; A and B are then taken from it.
+        """
         self.remove(index)
+        slot.gain = effect is not None and effect.gain is not None
+        slot.bias = bias is not None
+        if effect is not None:
+            A, B = effect.pair
+            B = B if effect.gain is None else B * effect.gain[:, None]
+            slot.extra_rank = A.shape[0] - slot.rank
         if A is not None and B is not None:
-            self.reserve(index + 1, slot.rank, writing=index)
+            rank = A.shape[0]
+            self.reserve(index + 1, rank, writing=index)
             own_A, own_B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
-            if slot.rank < own_A.shape[0]:
-                own_A[slot.rank :].zero_()  # what was never written may be NaN
-                own_B[slot.rank :].zero_()
-                own_A, own_B = own_A[: slot.rank], own_B[: slot.rank]
+            if rank < own_A.shape[0]:
+                own_A[rank:].zero_()  # what was never written may be NaN
+                own_B[rank:].zero_()
+                own_A, own_B = own_A[:rank], own_B[:rank]
             own_A.copy_(A)
-            own_B.copy_(B.T if slot.scaling == 1 else _wide(B.to(own_B.device)).T * slot.scaling)
+            own_B.copy_(B.T if slot.scaling == 1 or effect is not None else _wide(B.to(own_B.device)).T * slot.scaling)
             self._buffers["present"][index] = True  # type: ignore[index]
-            if slot.exact_in(own_B.dtype, B.dtype) and not own_B.is_meta:
+            if effect is None and slot.exact_in(own_B.dtype, B.dtype) and not own_B.is_meta:
                 slot.dtype = B.dtype
-        if bias is not None:
-            if index >= self.bank_bias.shape[0]:
-                self.bank_bias = _grown(self.bank_bias, (_capacity(index + 1), self.out_features))
-            self.bank_bias[index].copy_(bias)
+        for name, vector in (("bank_bias", bias), ("bank_gain", None if effect is None else effect.gain)):
+            bank: Tensor = self._buffers[name]  # type: ignore[assignment]
+            if vector is not None:
+                if index >= bank.shape[0]:
+                    bank = self._buffers[name] = _grown(bank, (_capacity(index + 1), self.out_features))
+                bank[index].copy_(vector - 1 if name == "bank_gain" else vector)
+        self._hold(index, slot)
+
+    def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
+        self.gained = self.gained or slot.gain
 
     def reserve(self, slots: int, rank: int, *, writing: int | None = None) -> None:
         """Let the banks hold so many slots of this rank; one that is about to be written need not be zero.
@@ -142,8 +223,8 @@ class LoRABanks(nn.Module):
         self.masters.pop(index, None)
         if slot is None:
             return
-        for name in (f"A{index}", f"B{index}", f"bias{index}"):
-            self._parameters.pop(name, None)
+        for name in ("A", "B", "start_A", "start_B", "bias", *slot.extras):
+            self._parameters.pop(f"{name}{index}", None)
         for name in (f"rows{index}", f"columns{index}"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
@@ -152,10 +233,14 @@ class LoRABanks(nn.Module):
                 self.present[index] = False
             if slot.bias:
                 self.bank_bias[index].zero_()
+            if slot.gain:
+                self.bank_gain[index].zero_()
+        self.gained = any(held.gain for held in self.slots.values())
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""
-        rank = self.slots[index].rank
+        slot = self.slots[index]
+        rank = slot.rank + slot.extra_rank
         A, B = self._buffers["bank_A"][index], self._buffers["bank_B"][index]  # type: ignore[index]
         return (A, B) if A.shape[0] == rank == B.shape[0] else (A[:rank], B[:rank])
 
@@ -168,21 +253,33 @@ class LoRABanks(nn.Module):
         return own, (B.to("cpu").T / slot.scaling).to(own.dtype).contiguous()
 
     def dense(
-        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor, *, learned: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """A (R, in) and the dense, unscaled B (out, R) of a trainable adapter; None without factors.
 
         Args:
             of: what to take for a Parameter, given its name here and itself.
+            learned: of one that is anchored another pair of the same product, see `Slot.learned`.
         """
         slot = self.slots[index]
         if not slot.rank:
             return None
-        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
+        A, B = self.compact(index, of, learned)
         if slot.blocks:
             rows, columns = (self.get_buffer(f"{key}{index}").to(B.device) for key in ("rows", "columns"))
             B = functional.place_blocks(B, rows, columns, self.out_features, slot.rank)
         return A, B
+
+    def compact(
+        self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor, learned: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. Arguments: as of `dense`."""
+        slot = self.slots[index]
+        A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
+        if not slot.anchored:
+            return A, B
+        start_A, start_B = (of(key, getattr(self, key)) for key in (f"start_A{index}", f"start_B{index}"))
+        return slot.joined(*(slot.learned(A, B, start_A, start_B) if learned else (A, B, start_A, start_B)))
 
     def factors(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), dense and scaled, in `dtype`, of any adapter of this layer."""
@@ -194,6 +291,31 @@ class LoRABanks(nn.Module):
         assert pair is not None
         A, B = pair
         return A.to(dtype), (B if slot.scaling == 1 else B * slot.scaling).to(dtype)
+
+    def extras(self, index: int, of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor) -> dict[str, Tensor]:
+        """The vectors of a trainable adapter's variants, by name. `of`: as of `dense`."""
+        return {name: of(key, getattr(self, key)) for name in self.slots[index].extras for key in (f"{name}{index}",)}
+
+    def effect(self, index: int, layer: nn.Module) -> Effect:
+        """What a trainable adapter with a variant's vectors comes to on the layer, differentiable."""
+        pair = self.dense(index, learned=True)
+        assert pair is not None
+        return effect_of(self.extras(index), *pair, self.slots[index].scaling, lambda: self._base(layer))
+
+    def _base(self, layer: nn.Module) -> Base:
+        """The layer's weight, and the squares of its rows, summed again when it changes."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = weight.detach()
+        held: Tensor | None = self._squares
+        if not torch.compiler.is_compiling():
+            key = (weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version)
+            if held is None or key != self._squares_of:
+                with torch.inference_mode(False), torch.no_grad():
+                    held = Base.of(weight, self.base).squares_of_rows()
+                vars(self).update(_squares=held, _squares_of=key, _tails={})
+        elif held is None or held.device != weight.device:
+            return Base.of(weight, self.base)
+        return Base.of(weight, self.base, held, self._tails)
 
     def bias_delta(self, index: int, bias: Tensor | None) -> Tensor:
         """What the adapter changes the bias by, b' − b, (out,)."""

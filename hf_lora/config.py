@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from . import fields
+from . import fields, initnames
 from .errors import LoRAConfigError, LoRAUnsupportedError
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
@@ -73,6 +73,9 @@ _OWN = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "kasa_config": "kasa_config",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -108,12 +111,6 @@ _NEUTRAL = frozenset(
 # Change gradients or losses but not the forward pass: refused when an adapter is constructed, not when one is read.
 _TRAINING_ONLY = frozenset({"velora_config"})
 
-_INITS = {True: "kaiming", False: "off", "gaussian": "gaussian"}
-_INITS_BACK: dict[str, Any] = {ours: theirs for theirs, ours in _INITS.items()}
-# PEFT's other initialisations that leave the base's weights alone; pissa, olora, corda, loftq and lora_ga subtract
-# the initial product from the base (or quantise it), so that their factors alone do not say what the adapter computes.
-_INITS_BASE_UNTOUCHED = frozenset({"eva", "orthogonal", "mica"})
-
 
 def _off(value: Any) -> bool:
     """Whether a field of a variant is switched off: null, false, or empty (0 is a value)."""
@@ -121,9 +118,7 @@ def _off(value: Any) -> bool:
 
 
 _REMEDIES = {
-    "init_lora_weights": "This initialisation changed the base's weights: save it again in PEFT with "
-    "path_initial_model_for_weight_conversion, which turns it into a plain LoRA.",
-    "use_dora": "Merge it in PEFT (merge_and_unload) and extract a plain LoRA, or train without use_dora.",
+    "init_lora_weights": initnames.REMEDIES["file"],
 }
 
 
@@ -173,7 +168,7 @@ def _unknown_keyword(keyword: str, value: Any, known: Sequence[str]) -> LoRAConf
 
 
 def _translated(value: Any) -> Any:
-    return _INITS.get(value, value) if isinstance(value, bool | str) else value
+    return initnames.from_peft(value) or value if isinstance(value, bool) else value
 
 
 @_checked_keywords
@@ -188,6 +183,11 @@ class LoRAConfig:
         alpha: positive; None means `r`, so that scaling is 1 as in the paper.
         dropout: probability in [0, 1) of dropping an input of A while training.
         use_rslora: scale by alpha/√r.
+        use_dora: learn each output's magnitude apart: m ∘ (W + scaling·B·A) / ‖W + scaling·B·A‖ (DoRA).
+        lora_bias: B has a bias of its own, which adds scaling·bias to the output.
+        kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
+            gamma, the weights in `hf_lora.kasa_loss`; None is off.
+        freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
         layers_to_transform: indices of the layers to adapt; needs `target_modules` to be a list.
@@ -196,6 +196,9 @@ class LoRAConfig:
         alpha_pattern: exceptions to `alpha`, likewise.
         modules_to_save: modules (heads) that are trained and saved whole.
         init: A of a new adapter is "kaiming" (uniform) or "gaussian" and B zero; "off": both random, for debugging.
+            Others: "orthogonal"; from the weights "pissa", "pissa_niter_N" (faster), "olora", "mica"; from data "eva",
+            "lora_ga", "corda".
+        init_options: settings of "eva", "lora_ga" or "corda", under PEFT's names, such as {"rho": 1.0}.
         task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS"; kept for other tools.
         base_model: Hub id or path of the base.
         revision: the base's revision.
@@ -205,7 +208,9 @@ class LoRAConfig:
     Raises:
         LoRAConfigError: a field is impossible or unknown; it quotes the value.
 
-    Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732).
+    Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
+    (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
+    2024 (arXiv:2412.06071).
     """
 
     r: int = 8
@@ -213,6 +218,10 @@ class LoRAConfig:
     alpha: float | None = None
     dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    kasa_config: Mapping[str, float] | None = None
+    freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
@@ -220,7 +229,8 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
-    init: Literal["kaiming", "gaussian", "off"] = "kaiming"
+    init: str = "kaiming"
+    init_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     task_type: str | None = None
     base_model: str | None = None
     revision: str | None = None
@@ -232,10 +242,11 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "freeze_a", "fan_in_fan_out"):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
-        fields.one_of("init", self.init, ("kaiming", "gaussian", "off"))
+        initnames.check(self.init)
+        put("init_options", initnames.options(self.init, self.init_options))
         for name in ("task_type", "base_model", "revision"):
             fields.optional_text(name, getattr(self, name))
         put("target_modules", fields.names_or_regex("target_modules", self.target_modules))
@@ -248,10 +259,18 @@ class LoRAConfig:
             fields.pattern_map("rank_pattern", self.rank_pattern, functools.partial(fields.integer, least=1)),
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
+        put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.kasa_config is not None and self.use_dora:
+            raise LoRAConfigError(
+                "kasa_config cannot be combined with use_dora=True: neither says which weight the magnitudes are of.",
+                name="kasa_config",
+                value=dict(self.kasa_config),
+                remedy="Leave one of them out.",
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoRAConfigError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform selects nothing.",
@@ -268,6 +287,18 @@ class LoRAConfig:
                 expected="target_modules as a list of names",
                 remedy="Put the layers' indices into the regular expression, or give target_modules as a list.",
             )
+
+    # -- how it begins -------------------------------------------------------------------------------------------
+
+    @property
+    def init_method(self) -> str:
+        """`init` without its number of iterations: "pissa" of "pissa_niter_4"."""
+        return initnames.method(self.init)
+
+    @property
+    def init_settings(self) -> dict[str, Any]:
+        """Every setting of the initialisation: `init_options` over PEFT's defaults."""
+        return initnames.settings(self.init, self.init_options)
 
     # -- what a layer gets ---------------------------------------------------------------------------------------
 
@@ -310,13 +341,17 @@ class LoRAConfig:
         """The fields of PEFT that change what an adapter computes and that hf_lora lacks; unknown ones too.
 
         Args:
-            constructing: also name what only matters when a new adapter is made or trained: the initialisations that
-                hf_lora lacks, and settings of the backward pass.
+            constructing: a new adapter is made: its initialisation may change the base (but LoftQ), and settings of it
+                or of the backward pass that hf_lora lacks are named too.
         """
-        found = {}
+        found: dict[str, Any] = {}
+        if self.init == "loftq" or (not constructing and initnames.method(self.init) in initnames.CHANGE_BASE):
+            found["init_lora_weights"] = self.init
         for name, value in self.peft_fields.items():
             if name == "init_lora_weights":
-                neutral = not constructing and isinstance(value, str) and value.lower() in _INITS_BASE_UNTOUCHED
+                neutral = not constructing and initnames.from_peft(value) not in (None, *initnames.CHANGE_BASE)
+            elif constructing and name == initnames.OPTIONS.get(self.init, ("",))[0]:
+                neutral = False
             else:
                 neutral = name in _NEUTRAL or (name in _TRAINING_ONLY and not constructing) or _off(value)
             if not neutral:
@@ -324,12 +359,19 @@ class LoRAConfig:
         return found
 
     def require_supported(self, *, constructing: bool = False) -> None:
-        """Raise `LoRAUnsupportedError`, naming every field of `unsupported`, if there is one."""
+        """Raise `LoRAUnsupportedError`, naming every field of `unsupported`, if there is one.
+
+        `LoRAConfigError` where a new adapter's variant cannot begin as `init` says.
+        """
         found = self.unsupported(constructing=constructing)
         if not found:
+            if constructing:
+                initnames.require_together(self.init, {"freeze_a": self.freeze_a, "kasa_config": self.kasa_config})
             return
         names = ", ".join(f"{name}={value!r}" for name, value in found.items())
         remedies = [_REMEDIES[name] for name in found if name in _REMEDIES]
+        if constructing and self.init == "loftq":
+            remedies[0] = initnames.REMEDIES["loftq"]
         unknown = [name for name in found if name not in PEFT_DEFAULTS]
         if unknown:
             remedies.append(
@@ -370,8 +412,9 @@ class LoRAConfig:
                 continue
             if name == "init_lora_weights":
                 value = value.lower() if isinstance(value, str) else bool(value) if value is None else value
-                if isinstance(value, bool) or value == "gaussian":
-                    own["init"] = _INITS[value]
+                init = initnames.from_peft(value)
+                if init is not None:
+                    own["init"] = init
                 elif isinstance(value, str):
                     kept[name] = value
                 else:
@@ -382,6 +425,7 @@ class LoRAConfig:
                 own[_OWN[name]] = value
             elif name not in PEFT_DEFAULTS or value != PEFT_DEFAULTS[name]:
                 kept[name] = value
+        own["init_options"] = initnames.own_options(own.get("init", ""), kept)
         for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if own.get(name) in ([], ""):
                 own[name] = None
@@ -408,7 +452,9 @@ class LoRAConfig:
             if isinstance(written[name], list):
                 written[name].sort()
         written["lora_alpha"] = _number(self.r if self.alpha is None else self.alpha)
-        written["init_lora_weights"] = _INITS_BACK[self.init]
+        written["init_lora_weights"] = initnames.to_peft(self.init)
+        if self.init_options:
+            written[initnames.OPTIONS[self.init][0]] = copy.deepcopy(dict(self.init_options))
         # The format's version, with hf_lora as the local part (PEP 440): the file is PEFT's, PEFT did not write it.
         written |= {"inference_mode": True, "peft_type": "LORA", "peft_version": "0.21.2+hf.lora"}
         written |= copy.deepcopy(dict(self.peft_fields))

@@ -30,18 +30,46 @@ _COLUMNS, _SLAB = 128, 1 << 17  # words: of a row of the fingerprint's grid, and
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """ΔW = left @ right, in the weight's own layout: (rows, R) and (R, columns), float32 or wider."""
+    """ΔW = (gain − 1) ∘ W + left @ right, in the weight's own layout: (rows, R) and (R, columns), float32 or wider.
+
+    `gain` is (rows, 1) or (1, columns), or None for 1.
+    """
 
     left: Tensor
     right: Tensor
+    gain: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factored:
         """On a device, and at least as wide as `dtype`."""
         wide = torch.promote_types(self.left.dtype, dtype)
-        return Factored(self.left.to(device, wide).contiguous(), self.right.to(device, wide).contiguous())
+        gain = None if self.gain is None else self.gain.to(device, wide)
+        return Factored(self.left.to(device, wide).contiguous(), self.right.to(device, wide).contiguous(), gain)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors, and of the gain."""
+        return self.left.nbytes + self.right.nbytes + (0 if self.gain is None else self.gain.nbytes)
+
+    def put(self, old: Tensor, rows: slice, delta: Tensor, out: Tensor) -> Tensor:
+        """round(W + ΔW) of these rows, into `out`."""
+        if self.gain is None:
+            return torch.add(old, delta, out=out)
+        return out.copy_(torch.addcmul(delta, old.to(delta.dtype), self._part(rows)))
+
+    def take(self, new: Tensor, rows: slice, delta: Tensor, out: Tensor) -> Tensor:
+        """About the W that `put` was given, into `out`; the same bits whenever it is asked."""
+        if self.gain is None:
+            return torch.sub(new, delta, out=out)
+        return out.copy_((new.to(delta.dtype) - delta).div_(self._part(rows)))
+
+    def _part(self, rows: slice) -> Tensor:
+        assert self.gain is not None
+        return self.gain if self.gain.shape[0] == 1 else self.gain[rows]
 
     def harmless(self, dtype: torch.dtype) -> bool:
         """Whether no sum with a finite weight can overflow `dtype`, told from the factors alone."""
+        if self.gain is not None:
+            return False
         if not self.left.numel() or not self.right.numel():
             return True
         largest = [max(abs(float(x)) for x in torch.aminmax(t)) for t in (self.left, self.right)]
@@ -62,7 +90,7 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes that this record holds: places and bits, and the factors."""
-        return sum(moved.nbytes for moved in self.moved) + self.change.left.nbytes + self.change.right.nbytes
+        return sum(moved.nbytes for moved in self.moved) + self.change.nbytes
 
 
 class Scratch:
@@ -107,10 +135,10 @@ def added(weight: Tensor, change: Factored, path: str, scratch: Scratch, before:
     back = scratch.empty("back", (_rows(old.shape[1], old.device), old.shape[1]), old.dtype, old.device)
     moved = []
     for rows, delta in _deltas(change, scratch):
-        torch.add(old[rows], delta, out=new[rows])
+        change.put(old[rows], rows, delta, new[rows])
         if not harmless:
             _require_finite(old[rows], delta, new[rows], path)
-        again = torch.sub(new[rows], delta, out=back[: len(delta)])
+        again = change.take(new[rows], rows, delta, back[: len(delta)])
         moved.append(_Moved.between(again, old[rows], scratch))
     return new, Record(kept, before or fingerprint(old), fingerprint(new), moved)
 
@@ -132,7 +160,7 @@ def restored(weight: Tensor, record: Record, path: str, scratch: Scratch) -> Ten
     change = record.change.to(device, weight.dtype)
     old = scratch.empty("old", here.shape, here.dtype, device)
     for (rows, delta), moved in zip(_deltas(change, scratch), record.moved, strict=True):
-        moved.put(torch.sub(here[rows], delta, out=old[rows]), scratch)
+        moved.put(change.take(here[rows], rows, delta, old[rows]), scratch)
     if fingerprint(old) != record.before:
         raise LoRAStateError(
             f"{path}: the ΔW that was merged cannot be made again here, so the base cannot be restored exactly.",

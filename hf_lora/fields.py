@@ -163,6 +163,19 @@ def layer_names(value: Any) -> str | tuple[str, ...] | None:
     return value if isinstance(value, str) else names
 
 
+def numbers(name: str, value: Any, keys: tuple[str, ...]) -> FrozenMapping[str, float] | None:
+    """None, or a read-only map from some of `keys` to numbers of 0 or more."""
+    if value is None:
+        return None
+    expected = f"a mapping from {' and '.join(keys)} to numbers of 0 or more"
+    if not isinstance(value, Mapping) or not set(value) <= set(keys):
+        raise wrong(name, value, expected)
+    for item in value.values():
+        if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item < float("inf"):
+            raise wrong(name, dict(value), expected)
+    return FrozenMapping(value)
+
+
 def pattern_map(name: str, value: Any, check: Callable[[str, Any], T]) -> FrozenMapping[str, T]:
     """A read-only map from regular expressions to values that pass `check`."""
     if not isinstance(value, Mapping):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from .batches import row_maps
 from .errors import LoRAMismatchError
+from .extras import EXTRAS
 from .layerinfo import is_held, modules_of
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .sharding import whole
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve
 from .values import AdapterValue
-from .weights import compute_dtype, materialised
+from .weights import compute_dtype, is_dense, materialised
 
-__all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state"]
+__all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state", "weight_problem"]
 
 _MOST_NAMED = 64  # kinds of adapters (sets of targets) of which a model remembers what they name
 
@@ -80,6 +81,8 @@ def make_plan(
         got = (factors.in_features, factors.out_features)
         if kind != factors.kind:
             problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
+        elif (lacking := weight_problem(module, factors.extras, factors.rank)) is not None:
+            problems.append(f"{path}: {lacking[1]}")
         elif want != got:
             problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
     for path, bias in value.biases.items():
@@ -132,6 +135,7 @@ def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.M
     changes = [(path, "A", f.A, 1.0) for path, f in value.factors.items()]
     changes += [(path, "scaling · B", f.B, f.scaling) for path, f in value.factors.items()]
     changes += [(path.rpartition(".")[0], "its bias", bias, 1.0) for path, bias in value.biases.items()]
+    changes += [(path, name, t, f.scaling) for path, f in value.factors.items() for name, t in f.extras.items()]
     fits: dict[tuple[torch.dtype, torch.dtype, float], bool] = {}  # whatever the values
     dtypes: dict[str, torch.dtype] = {}
     for path, what, tensor, scaling in changes:
@@ -194,9 +198,23 @@ def _tensors(value: AdapterValue) -> Iterator[tuple[str, Tensor]]:
     for path, factors in value.factors.items():
         yield f"{path}.A", factors.A
         yield f"{path}.B", factors.B
+        yield from ((f"{path}.{name}", tensor) for name, tensor in factors.extras.items())
     yield from value.biases.items()
     for path, tensors in value.modules.items():
         yield from ((f"{path}.{key}", tensor) for key, tensor in tensors.items())
+
+
+def weight_problem(module: nn.Module, extras: Iterable[str], rank: int) -> tuple[str, str] | None:
+    """The field of a variant that the layer's weight cannot serve, and why."""
+    for name in extras:
+        field = EXTRAS[name].field
+        if EXTRAS[name].weight and not is_dense(module):
+            return field, f"{field} needs the weight of the base, which is quantised in this {type(module).__name__}"
+        if EXTRAS[name].size == "rank":
+            weight: Any = module.weight
+            if rank >= min(weight.shape):
+                return field, f"{field} with rank {rank} leaves no singular value of a weight {tuple(weight.shape)}"
+    return None
 
 
 def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Tensor]) -> list[str]:

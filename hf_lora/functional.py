@@ -19,8 +19,11 @@ __all__ = [
     "grouped_low_rank_reference",
     "low_rank",
     "place_blocks",
+    "row_squares",
+    "row_squares_factored",
 ]
 
+_PIECE = 1 << 20  # elements of a weight that are looked at together
 _LONG = 8  # positions of a row from which on its product with A is computed the other way round
 
 
@@ -120,3 +123,43 @@ def place_blocks(compact: Tensor, rows: Tensor, columns: Tensor, out_features: i
         (out_features, R), differentiable in `compact`.
     """
     return compact.new_zeros(out_features, rank).index_put((rows, columns), compact)
+
+
+def row_squares(weight: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+    """‖W + B A‖² of each row, some rows at a time, so that no second matrix of W's size is made.
+
+    Args:
+        weight: (out, in), any floating dtype; a view will do.
+        A: (R, in). B: (out, R), the scaling already in it. None: of W alone.
+
+    Returns:
+        (out,), float32 or wider.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    step = max(_PIECE // max(weight.shape[1], 1), 1)
+    found = []
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step].to(wide).contiguous()  # one order of summing, whatever the view
+        if A is not None and B is not None:
+            rows = torch.addmm(rows, B[start : start + step].to(wide), A.to(wide))
+        found.append(rows.square().sum(1))
+    return torch.cat(found)
+
+
+def row_squares_factored(squares: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The same from ‖W‖², through the rank: ‖W‖² + 2 (W A^T) ∘ B + (B A A^T) ∘ B, summed over each row.
+
+    W A^T is taken in W's dtype, so that W is not copied. With a B of zero it is `squares`, bit for bit.
+
+    Args:
+        squares: (out,), of `row_squares(weight)`.
+        weight: (out, in). A: (R, in). B: (out, R), the scaling already in it.
+
+    Returns:
+        (out,), in `squares`' dtype; 0 where rounding would make it negative.
+    """
+    wide = squares.dtype
+    crossed = torch.mm(weight, A.to(weight.dtype).T).to(wide)
+    A, B = A.to(wide), B.to(wide)
+    grown = torch.mm(B, torch.mm(A, A.T))
+    return (squares + ((grown + 2 * crossed) * B).sum(1)).clamp_min(0)

@@ -6,10 +6,14 @@
 The second product of each sum adds into the first one's result, so nothing of the layer's width is made that the frozen
 layer does not make itself, and the gradient reaches x in one piece. For the backward it keeps x itself (layers that
 share an input share it), h = D x A^T of the rank's width, and no mask. W is frozen.
+
+Under autocast it is the same in autocast's dtype. Layers that share an input share one copy of it in that dtype.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -23,15 +27,55 @@ __all__ = ["fits", "lora_linear", "lora_linear_reference"]
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `lora_linear` is for them: plain tensors of one dtype, the layer frozen, no autocast, no tracing."""
+    """Whether `lora_linear` is for them: plain tensors of one dtype (or autocast's), the layer frozen, no tracing."""
+    autocast = _autocast(x)
     return (
-        x.dtype == weight.dtype
+        (x.dtype == weight.dtype if autocast is None else {x.dtype, weight.dtype} <= _AUTOCAST)
         and type(weight) in (Tensor, nn.Parameter)
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and (seedable(x) or (x.is_meta and not torch.compiler.is_compiling()))  # on meta: `plan` counts what is kept
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
     )
+
+
+_AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}  # what autocast casts; it leaves float64 alone
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes products in, where it is on."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+class _Last:
+    """The input that was cast last, and its copy: q, k and v are called with one tensor, one after the other."""
+
+    def __init__(self) -> None:
+        self.source: weakref.ref[Tensor] | None = None
+        self.copy: Tensor | None = None
+        self.key: tuple[Any, ...] = ()
+
+    def forget(self, source: weakref.ref[Tensor]) -> None:
+        """The input is gone: hold nothing for it."""
+        if self.source is source:
+            self.source = self.copy = None
+
+
+_thread = threading.local()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input in another dtype, by an operation that autograd follows; the same copy for who asks again."""
+    if x.dtype == dtype or x.is_inference():
+        return x.to(dtype)
+    last: _Last = _thread.__dict__.setdefault("last", _Last())
+    key = (x._version, dtype, torch.is_grad_enabled())
+    if last.copy is None or last.source is None or last.source() is not x or last.key != key:
+        last.copy, last.key = x.to(dtype), key
+        last.source = weakref.ref(x, last.forget)
+    return last.copy
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -153,7 +197,7 @@ def lora_linear(
 ) -> Tensor:
     """A frozen dense layer and a pair, x W^T + b + scale · (dropout(x) A^T) B^T, with gradients of x, A and B.
 
-    With a B of zero the output is the layer's, bit for bit.
+    With a B of zero the output is the layer's, bit for bit. Under autocast x, weight and bias are cast to its dtype.
 
     Args:
         x: (..., in).
@@ -168,6 +212,12 @@ def lora_linear(
         (..., out).
     """
     seed = 0 if not p else draw_seed() if seed is None else seed
+    dtype = _autocast(x)
+    if dtype is not None:
+        x, weight = _cast(x, dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(x, weight, bias, A, B, scale, p=p, seed=seed, keep=keep)
     given = (x, weight, bias, A, B, scale / (1 - p), p, seed)
     if not torch.is_grad_enabled():
         return _forward(*given)[0]  # the same bits, and no node to make

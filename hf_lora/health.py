@@ -98,6 +98,7 @@ def require_publishable(value: AdapterValue) -> None:
 
 def _named(value: AdapterValue) -> list[tuple[str, torch.Tensor]]:
     pairs = [(f"{path}.{side}", getattr(f, side)) for path, f in value.factors.items() for side in ("A", "B")]
+    pairs += [(f"{path}.{name}", t) for path, f in value.factors.items() for name, t in f.extras.items()]
     pairs += [*value.biases.items(), *value.embeddings.items()]
     pairs += [(f"{path}.{key}", t) for path, state in value.modules.items() for key, t in state.items()]
     return [(name, tensor) for name, tensor in pairs if tensor.is_floating_point()]

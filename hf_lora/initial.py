@@ -1,44 +1,84 @@
-"""The value that a new adapter starts with: A random, B zero, biases and heads as the base's."""
+"""The value that a new adapter starts with: its pairs as `inits` has them, biases and heads as the base's."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import LoRAConfig
-from .fitting import adds_bias, base_state
+from .errors import LoRAUnsupportedError
+from .extras import asked_for
+from .fitting import adds_bias, base_state, weight_problem
+from .inits import INITS, Layer
+from .inits.base import dense
+from .inits.inputs import bar
 from .layerinfo import is_held
-from .targeting import Resolution
+from .targeting import Resolution, Target
 from .values import AdapterValue, Block, Factors
-from .weights import compute_dtype, device_of, materialised
+from .variants import Base, initial_extras
+from .weights import compute_dtype, dense_weight, device_of, materialised
 
-__all__ = ["initial_value"]
+__all__ = ["initial_value", "refuse_embeddings"]
+
+_LARGE = 1 << 20  # numbers in a weight, from which on its decomposition is worth a bar
 
 
-def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> AdapterValue:
-    """A new adapter for the targets that were found, in float32 (float64 on a float64 base), on the CPU."""
-    factors, modules = {}, dict(model.named_modules())
-    for target in found.targets:
+def initial_value(
+    model: nn.Module, config: LoRAConfig, found: Resolution, seen: Mapping[str, Any] | None = None
+) -> AdapterValue:
+    """A new adapter for the targets that were found, in float32 (float64 on a float64 base), on the CPU.
+
+    Args:
+        seen: what the initialisation found in data, by path.
+    """
+    factors, modules, init = {}, dict(model.named_modules()), INITS[config.init_method]
+    for target in _shown(found.targets, config):
         module = modules[target.path]
         dtype = torch.promote_types(compute_dtype(module, model), torch.float32)
         # A tensor on meta has no values: factors of a meta model are made on meta, to be filled with the base.
         device = torch.device("meta") if device_of(module).type == "meta" else torch.device("cpu")
-        embedding = target.info.kind == "embedding"
-        n, r = max(len(target.blocks), 1), target.rank
+        kind = target.info.kind
+        blocks = tuple(Block(role, rows) for role, rows in target.blocks)
+        n, r = max(len(blocks), 1), target.rank * (2 if init.anchored else 1)
         A = torch.empty(n * r, target.info.in_features, dtype=dtype, device=device)
         B = torch.zeros(target.info.out_features, n * r, dtype=dtype, device=device)
-        blocks = tuple(Block(role, rows) for role, rows in target.blocks)
-        for i in range(n):
-            rows = blocks[i].index(device) if blocks else torch.arange(target.info.out_features, device=device)
-            part = torch.zeros(len(rows), r, dtype=dtype, device=device)
-            _initialise(A[i * r : (i + 1) * r], part, config.init, embedding)
-            B[rows, i * r : (i + 1) * r] = part
-        alpha = target.alpha * (math.sqrt(n) if config.use_rslora else n)
-        kind = "embedding" if embedding else "linear"
-        factors[target.path] = Factors(kind, A, B, alpha, config.use_rslora, blocks)  # type: ignore[arg-type]
+        weight = functools.cache(functools.partial(dense, module, target.path, kind, dtype))
+        for i in range(n if device.type != "meta" else 0):
+            rows = blocks[i].index() if blocks else torch.arange(target.info.out_features)
+            layer = Layer(
+                target.path,
+                target.info.in_features,
+                len(rows),
+                target.rank,
+                target.alpha / (math.sqrt(target.rank) if config.use_rslora else target.rank),
+                dtype,
+                kind == "embedding",
+                lambda rows=rows if blocks else None, W=weight: W() if rows is None else W()[rows.to(W().device)],  # type: ignore[misc]
+                rows,
+                None if seen is None else seen[target.path],
+            )
+            a, b = init.pair(layer, config.init_settings)
+            A[i * r : (i + 1) * r] = torch.cat([a, a]) if init.anchored else a
+            B[rows, i * r : (i + 1) * r] = (torch.cat([b, -b], 1) if init.anchored else b).to(device)
+        alpha = target.alpha * _times(n * r // target.rank, config)
+        pair = Factors(
+            "embedding" if kind == "embedding" else "linear",
+            A,
+            B,
+            alpha,
+            config.use_rslora,
+            blocks,
+            anchored=init.anchored,
+        )
+        factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
+    if init.anchored:
+        config = _doubled(config)
     biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
     heads = {path: base_state(modules[path]) for path in found.heads}
     if any(target.info.kind == "conv1d" for target in found.targets):
@@ -48,18 +88,64 @@ def initial_value(model: nn.Module, config: LoRAConfig, found: Resolution) -> Ad
     return AdapterValue(config, factors, biases, heads)
 
 
-def _initialise(A: Tensor, B: Tensor, how: str, embedding: bool) -> None:
-    """A (r, in) random and B (out, r) zero, as the paper; of an embedding A is zero and B normal, as in loralib."""
-    if embedding:
-        nn.init.normal_(B)
-        nn.init.normal_(A) if how == "off" else nn.init.zeros_(A)
-        return
-    if how == "gaussian":
-        nn.init.normal_(A, std=1 / A.shape[0])
-    else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    if how == "off":
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig) -> Factors:
+    """The factors of a new adapter with its variants' vectors: while ΔW is zero, the layer computes what it did."""
+    lacking = weight_problem(module, asked_for(config), pair.rank)
+    if lacking is not None:
+        raise LoRAUnsupportedError(
+            f"{path}: {lacking[1]}.",
+            name=lacking[0],
+            value=type(module).__name__,
+            remedy=f"Load the base without quantisation, give a smaller rank, or train without {lacking[0]}.",
+        )
+    extras = initial_extras(
+        asked_for(config),
+        pair.A,
+        pair.B,
+        pair.scaling,
+        lambda: Base.of(dense_weight(module), getattr(type(module), "lora_base", type(module))),
+        random=config.init == "off",
+    )
+    return dataclasses.replace(pair, extras=extras)
+
+
+def refuse_embeddings(config: LoRAConfig, targets: Iterable[Target]) -> None:
+    """Raise `LoRAUnsupportedError` if an embedding is to begin in a way that is not for embeddings."""
+    found = [target.path for target in targets if target.info.kind == "embedding"]
+    if found and not INITS[config.init_method].embeddings:
+        raise LoRAUnsupportedError(
+            f"{found[0]}: init={config.init!r} is not for embeddings.",
+            name=found[0],
+            value=config.init,
+            remedy="Leave the embedding out of target_modules, or begin another way.",
+        )
+
+
+def _times(n: int, config: LoRAConfig) -> float:
+    """What alpha has to grow by with a rank that is n times as large, so that the scaling stays."""
+    return math.sqrt(n) if config.use_rslora else n
+
+
+def _doubled(config: LoRAConfig) -> LoRAConfig:
+    """The config of the plain LoRA of twice the rank that an anchored pair is, with the same scaling."""
+    wide = _times(2, config)
+    return config.replace(
+        init="kaiming",
+        init_options={},
+        r=2 * config.r,
+        alpha=wide * (config.r if config.alpha is None else config.alpha),
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: wide * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+
+
+def _shown(targets: tuple[Target, ...], config: LoRAConfig) -> Iterable[Target]:
+    """The targets, with a progress bar where each takes long: a decomposition of a large weight."""
+    largest = max((t.info.in_features * t.info.out_features for t in targets), default=0)
+    if config.init_method in ("kaiming", "gaussian", "off", "orthogonal", "eva") or largest < _LARGE:
+        return targets
+    shown: Iterable[Target] = bar(targets, f"init={config.init}")
+    return shown
 
 
 def _biases(

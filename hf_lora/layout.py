@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
+from .extras import EXTRAS, asked_for
 from .values import AdapterValue, Block, Factors
 
 __all__ = [
@@ -36,11 +37,8 @@ PREFIX = "base_model.model."
 
 # What other adapters put beside or instead of plain factors: a piece of the name -> what it belongs to.
 _FOREIGN = {
-    "lora_magnitude_vector": "use_dora",
-    "lora_B.bias": "lora_bias",
     "token_adapter": "trainable_token_indices",
     "trainable_tokens_": "trainable_token_indices",
-    "lora_diag": "kasa_config",
     "lora_E": "peft_type ADALORA",
     "ranknum": "peft_type ADALORA",
     "hada_w": "peft_type LOHA",
@@ -53,6 +51,14 @@ _FOREIGN = {
 _FOREIGN_KEY = re.compile(r"\.(?:" + "|".join(map(re.escape, _FOREIGN)) + ")")
 # lora_A.<adapter's name>.weight: written by PEFT's training checkpoints and by tools that save the module's own names.
 _NAMED = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight|(.+)\.lora_embedding_([AB])\.([^.]+)")
+# The same of a variant's vector: lora_B.default.bias, lora_magnitude_vector.default.weight.
+_NAMED_EXTRA = re.compile(
+    "|".join(
+        rf"(?P<{extra.name}>.+)\.{head}\.(?P<{extra.name}_of>[^.]+)(?:\.{last or 'weight'})" + ("" if last else "?")
+        for extra in EXTRAS.values()
+        for head, _, last in [extra.key.partition(".")]
+    )
+)
 _WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")  # names inside PEFT's wrapper of a head
 _BAD_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^\.|\.\.|\.$|^$|^[A-Za-z]:")
 _ENDINGS = {
@@ -61,6 +67,7 @@ _ENDINGS = {
     ".lora_embedding_A": ("embedding", "A"),
     ".lora_embedding_B": ("embedding", "B"),
 }
+_EXTRA_ENDINGS = {f".{extra.key}{weight}": extra.name for extra in EXTRAS.values() for weight in ("", ".weight")}
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -70,6 +77,7 @@ class Plan:
     """Where every tensor of a file goes; the values are the file's own names."""
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> {"kind": …, "A": name, "B": name}
+    extras: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> {"magnitude": name, …}
     biases: dict[str, str] = field(default_factory=dict)  # "X.bias" -> name
     modules: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> {"weight": name, …}
     embeddings: dict[str, str] = field(default_factory=dict)  # "X.weight" -> name
@@ -95,8 +103,14 @@ def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Pla
             problems.append(f"{name!r} does not start with {PREFIX!r}")
         elif not is_module_path(key):
             problems.append(f"{name[:200]!r} is no module path")
-        elif (ending := _ending(key)) is not None:
+        elif (ending := _ending(key, _ENDINGS)) is not None:
             _put(plan, key[: -len(ending)], *_ENDINGS[ending], name, problems)
+        elif (ending := _ending(key, _EXTRA_ENDINGS)) is not None:
+            _put_extra(plan, key[: -len(ending)], _EXTRA_ENDINGS[ending], name, problems)
+        elif (match := _NAMED_EXTRA.fullmatch(key)) is not None:
+            extra = next(extra for extra in EXTRAS if match[extra])
+            adapters.add(match[f"{extra}_of"])
+            _put_extra(plan, match[extra], extra, name, problems)
         elif (match := _FOREIGN_KEY.search(f".{key}")) is not None:
             foreign[name] = _FOREIGN[match[0][1:]]
         elif (match := _NAMED.fullmatch(key)) is not None:
@@ -149,8 +163,8 @@ def is_module_path(path: str) -> bool:
     return 0 < len(path) <= 1000 and not _BAD_NAME.search(path)
 
 
-def _ending(key: str) -> str | None:
-    for ending in _ENDINGS:
+def _ending(key: str, endings: Iterable[str]) -> str | None:
+    for ending in endings:
         if key.endswith(ending) and len(key) > len(ending):
             return ending
     return None
@@ -162,6 +176,13 @@ def _put(plan: Plan, path: str, kind: str, part: str, name: str, problems: list[
         problems.append(f"{name!r} is a second {part} for {path!r}")
     else:
         pair[part] = name
+
+
+def _put_extra(plan: Plan, path: str, part: str, name: str, problems: list[str]) -> None:
+    found = plan.extras.setdefault(path, {})
+    if part in found:
+        problems.append(f"{name!r} is a second {EXTRAS[part].key} for {path!r}")
+    found.setdefault(part, name)
 
 
 def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
@@ -202,6 +223,29 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
         elif a_type != b_type or not a_type.is_floating_point:
             problems.append(f"{path!r}: lora_A is {a_type}, lora_B {b_type}; both must have one floating dtype")
     _refuse_foreign(higher, source)
+    _check_extras(config, plan, specs, problems)
+
+
+def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], problems: list[str]) -> None:
+    """Every layer has the vectors that the config asks for, and no others, of its size."""
+    asked = asked_for(config)
+    for path, found in plan.extras.items():
+        for part, name in found.items():
+            extra, (dtype, shape) = EXTRAS[part], specs[name]
+            pair = plan.factors.get(path, {})
+            if part not in asked:
+                problems.append(f"{name!r} is there, but the config does not set {extra.field}")
+            elif "A" not in pair or "B" not in pair:
+                problems.append(f"{name!r}: {path!r} has no factors")
+            else:
+                size = specs[pair["B"]][1][:1] if extra.size == "out" else specs[pair["A"]][1][:1]
+                if shape != size or not dtype.is_floating_point:
+                    problems.append(f"{name!r} is {dtype} {list(shape)}; it should be a floating {list(size)}")
+    for path in plan.factors:
+        for part in asked:
+            if part not in plan.extras.get(path, {}):
+                extra = EXTRAS[part]
+                problems.append(f"{path!r} has no {extra.key}, which {extra.field} needs")
 
 
 def _sort_rest(
@@ -286,6 +330,7 @@ def assemble(
                 alpha=plan.resolved[path][1],
                 use_rslora=config.use_rslora,
                 blocks=blocks.get(path, ()),
+                extras={part: tensors[name] for part, name in plan.extras.get(path, {}).items()},
             )
             for path, pair in plan.factors.items()
         }
@@ -358,6 +403,7 @@ def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
         else:
             found[f"{PREFIX}{path}.lora_A.weight"] = factors.A
             found[f"{PREFIX}{path}.lora_B.weight"] = factors.B
+        found |= {f"{PREFIX}{path}.{EXTRAS[name].key}": tensor for name, tensor in factors.extras.items()}
     for name, tensor in (*value.biases.items(), *value.embeddings.items()):
         path, _, parameter = name.rpartition(".")
         found[f"{PREFIX}{path}.base_layer.{parameter}" if path in value.factors else PREFIX + name] = tensor
@@ -402,11 +448,22 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
             "layers_to_transform": None,
             "layers_pattern": None,
         }
+    if any(_unrepeatable(config.init, pair) for pair in factors.values()):
+        changes["init"] = "kaiming"
     heads = tuple(config.modules_to_save or ())
     unnamed = [path for path in value.modules if _head(path, heads) is None]
     if unnamed:
         changes["modules_to_save"] = [*heads, *unnamed]
     return config.replace(**changes)
+
+
+def _unrepeatable(init: str, pair: Factors) -> bool:
+    """Whether PEFT, which begins anew before it loads, could not begin so at this rank, or with these variants."""
+    if init == "mica":
+        return bool(pair.extras) or pair.rank > min(pair.in_features, pair.out_features)
+    if "offset" in pair.extras:
+        return init not in ("kaiming", "off")
+    return init == "orthogonal" and pair.rank % 2 == 1
 
 
 def _anchored(path: str) -> str:

@@ -6,28 +6,34 @@ whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .errors import LoRAStateError
+from .errors import LoRAStateError, LoRAUnsupportedError
 from .exact import Factored, Record, Scratch, added, fingerprint, restored
+from .extras import EXTRAS
 from .layerinfo import is_held
 from .layers import LoRAHead
-from .model import read, require
+from .model import effect_on, read, require
 from .sharding import refuse_sharded
 from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
-from .values import AdapterValue
+from .values import AdapterValue, Factors
+from .variants import Base
 from .weights import mergeable
 from .workers import each
 
-__all__ = ["Merged", "merge_lora", "merged_lora", "require_mergeable", "unmerge_lora"]
+__all__ = ["Merged", "factored", "merge_lora", "merged_lora", "require_mergeable", "unmerge_lora"]
+
+
+Change = Callable[[Tensor], Factored]  # what makes ΔW of a layer from its W
 
 
 @dataclass(eq=False)
@@ -95,9 +101,20 @@ def merged_lora(model: nn.Module, which: Which = None, *, untie: bool = False, v
 
 
 def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) -> None:
-    """Raise `LoRAUnsupportedError` if a weight that a merge of `active` changes is quantised, offloaded or tied."""
+    """Raise `LoRAUnsupportedError` if a merge of `active` cannot write what it changes.
+
+    That is a weight that is quantised, offloaded or tied, or a bias that the layer does not have.
+    """
     for path in _layers(active):
         mergeable(model.get_submodule(path), path)
+    for path in _offsets(active):
+        if getattr(model.get_submodule(path), "bias", None) is None:
+            raise LoRAUnsupportedError(
+                f"{path}: lora_bias adds to the layer's bias, and this {type(model.get_submodule(path)).__name__} has "
+                "none, so it cannot be merged.",
+                name=path,
+                remedy="Run it unmerged, or train without lora_bias.",
+            )
     if not untie:
         refuse_tied(model, _touched(model, active))
 
@@ -118,7 +135,7 @@ def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str
         with as_before(model, {} if old is None else old.ties):
             require_mergeable(model, active, untie=untie)
         values = {entry.name: read(model, entry.name) for entry, _ in active.mixture}
-        changes, whole = _changes(model, active, values), _whole(model, active, values)
+        changes, whole = _changes(model, active, values), _whole(model, active, values, old.tensors if old else {})
         new = Merged(active)
         with _held(state, verb, new):
             apart = _touched(model, active) if untie else []
@@ -146,37 +163,81 @@ def _layers(active: Active) -> list[str]:
     return list(dict.fromkeys(path for entry in active.entries for path in entry.record.layers))
 
 
+def _offsets(active: Active) -> list[str]:
+    """The paths of layers whose bias a merge changes, though no adapter has it whole."""
+    return list(dict.fromkeys(p for e in active.entries if e.record.config.lora_bias for p in e.record.layers))
+
+
 def _touched(model: nn.Module, active: Active) -> list[str]:
     """The paths of every Parameter that a merge writes."""
     whole = [path for entry in active.entries for path in entry.record.biases]
     for head in [path for entry in active.entries for path in entry.record.heads]:
         whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
-    return [*(f"{path}.weight" for path in _layers(active)), *whole]
+    whole += [f"{path}.bias" for path in _offsets(active)]
+    return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(active)), *whole]))
 
 
-def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Factored]:
-    """ΔW of every layer that the mixture touches, scaled and weighted; float32 or wider."""
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:
+    """What makes ΔW of every layer that the mixture touches, scaled and weighted, from its W; float32 or wider."""
+    parts: dict[str, list[tuple[Factors, float]]] = {}
     for entry, weight in active.mixture:
         for path, factors in values[entry.name].factors.items():
-            wide = torch.promote_types(factors.A.dtype, torch.float32)
-            parts.setdefault(path, []).append((factors.A.to(wide), factors.B.to(wide) * (factors.scaling * weight)))
-    changes = {}
+            parts.setdefault(path, []).append((factors, weight))
+    changes: dict[str, Change] = {}
     for path, pairs in parts.items():
-        A, B = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
         info = describe_layer(model.get_submodule(path))
         turned = info is not None and info.kind in ("conv1d", "embedding")  # their weights are (in, out)
-        changes[path] = Factored(A.T.contiguous(), B.T.contiguous()) if turned else Factored(B, A)
+        changes[path] = functools.partial(factored, pairs, turned)
     return changes
 
 
-def _whole(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Tensor]:
-    """What takes the place of the base's biases and heads, in their dtypes; a mixture holds none."""
+def factored(parts: Sequence[tuple[Factors, float]], turned: bool, weight: Tensor) -> Factored:
+    """ΔW of a mixture on a layer of this weight, in its layout.
+
+    Args:
+        parts: factors, and what their ΔW is multiplied by.
+        turned: the weight is (in, out).
+        weight: the base's, of which DoRA takes the norm.
+    """
+    base = Base(weight.T if turned else weight)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    gain: Tensor | None = None
+    for factors, share in parts:
+        wide = torch.promote_types(factors.A.dtype, torch.float32)
+        if any(EXTRAS[name].weight for name in factors.extras):
+            effect = effect_on(factors, weight.device, lambda: base)
+            A, B = effect.pair
+            B = B * share
+            if effect.gain is not None:
+                B = B * effect.gain[:, None]
+                gain = (1 if gain is None else gain) + (effect.gain - 1) * share
+        else:
+            A, B = factors.A.to(weight.device, wide), factors.B.to(weight.device, wide) * (factors.scaling * share)
+        pairs.append((A, B))
+    A, B = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+    if turned:
+        return Factored(A.T.contiguous(), B.T.contiguous(), None if gain is None else gain[None])
+    return Factored(B, A, None if gain is None else gain[:, None])
+
+
+def _whole(
+    model: nn.Module, active: Active, values: Mapping[str, AdapterValue], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What takes the place of the base's biases and heads, in their dtypes; a mixture holds none but lora_bias's.
+
+    `base`: the base's own values of what is merged already.
+    """
     found: dict[str, Tensor] = {}
-    own = _tensors(model) if any(entry.record.whole for entry in active.entries) else {}
-    for entry, _ in active.mixture:
+    offset = any("offset" in f.extras for value in values.values() for f in value.factors.values())
+    own = {**_tensors(model), **base} if offset or any(entry.record.whole for entry in active.entries) else {}
+    for entry, weight in active.mixture:
         value = values[entry.name]
         given = dict(value.biases)
+        for path, factors in value.factors.items():
+            if "offset" in factors.extras:
+                shift, name = factors.extras["offset"], f"{path}.bias"
+                before = given.get(name, found.get(name, own[name])).to(shift)  # what others added stays
+                given[name] = before + shift * (factors.scaling * weight)
         for path, tensors in value.modules.items():
             assert isinstance(model.get_submodule(path), LoRAHead)
             given |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
@@ -204,7 +265,7 @@ def _change(
     model: nn.Module,
     old: Merged,
     new: Merged,
-    changes: Mapping[str, Factored],
+    changes: Mapping[str, Change],
     whole: Mapping[str, Tensor],
     apart: Collection[str],
 ) -> None:
@@ -221,7 +282,7 @@ def _change(
         result = weight if was is None else restored(weight, was, path, scratch)
         if path in changes:
             before = b"" if was is None else was.before
-            result, record = added(result, changes[path], path, scratch, before)
+            result, record = added(result, changes[path](result), path, scratch, before)
             new.weights[path] = record  # before the write: after a failure the weight itself tells which it is
         weight.copy_(result)
         if was is not None:
@@ -259,7 +320,7 @@ def _change(
         _write(model, new.tensors)
         each(backward, paths, _on_cpu(modules))
         retie(model, {path: shared for path, shared in new.ties.items() if path not in old.ties})
-        _write(model, _whole(model, old.active, {e.name: read(model, e.name) for e in old.active.entries}))
+        _write(model, _whole(model, old.active, {e.name: read(model, e.name) for e in old.active.entries}, {}))
         raise
     retie(model, {path: shared for path, shared in old.ties.items() if path not in new.ties})
 

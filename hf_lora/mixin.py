@@ -38,6 +38,7 @@ class LoRAMixin:
         active: bool = True,
         trainable: bool = True,
         replace: bool = False,
+        data: Iterable[Any] | None = None,
     ) -> None:
         """Put a new adapter on the model and freeze the base: h = x W^T + s · x A^T B^T, B = 0.
 
@@ -47,6 +48,7 @@ class LoRAMixin:
             active: make it the only active one; the others stay, frozen.
             trainable: let it train; its factors are float32 Parameters.
             replace: put it in place of an adapter of this name.
+            data: batches for an initialisation that looks at data (init "eva", "lora_ga" or "corda"): a DataLoader.
 
         Raises:
             LoRATargetError: a target matches nothing (near matches are named) or no layer.
@@ -55,7 +57,7 @@ class LoRAMixin:
 
         Source: Hu et al. 2021, section 4.1.
         """
-        placing.add(self, config, name, active=active, trainable=trainable, replace=replace)
+        placing.add(self, config, name, active=active, trainable=trainable, replace=replace, data=data)
         pretrained.attached(self)
 
     def load_lora(

@@ -5,8 +5,10 @@ Whatever puts an adapter goes through `put`, which checks everything before it t
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
+from .extras import EXTRAS
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan
-from .initial import initial_value
+from .initial import initial_value, refuse_embeddings
+from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .routing import batch_of
@@ -27,9 +31,10 @@ from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
-from .weights import compute_dtype, device_of, materialised
+from .variants import Base, Effect, effect_of
+from .weights import compute_dtype, dense_weight, device_of, is_here, materialised
 
-__all__ = ["Resident", "add", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
+__all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
 
 _STATE = "_lora_state"
 _RESERVED = "_lora_reserved"  # slots and rank of banks to be made
@@ -93,8 +98,9 @@ def add(
     active: bool = True,
     trainable: bool = True,
     replace: bool = False,
+    data: Iterable[Any] | None = None,
 ) -> Resolution:
-    """Put a new adapter on a model and freeze the base. B starts at zero, so the model computes what it did before.
+    """Put a new adapter on a model and freeze the base. ΔW starts at zero, so the model computes what it did before.
 
     Args:
         config: a `LoRAConfig`, or a `peft.LoraConfig`.
@@ -102,6 +108,7 @@ def add(
         active: make it the only active adapter; the others stay, frozen.
         trainable: let it train.
         replace: put it in place of an adapter of this name.
+        data: batches, where the initialisation looks at data: a DataLoader, say.
 
     Returns:
         What the config resolved to.
@@ -114,7 +121,11 @@ def add(
         config = LoRAConfig.from_peft(config)
     config.require_supported(constructing=True)
     found = resolve(model, config)
-    value = initial_value(model, config, found)
+    require_data(config, data)
+    refuse_embeddings(config, found.targets)
+    _require_putable(model, name, replace, state_of(model), modules_of(model))  # before hours of looking at data
+    found, seen = _look(model, config, found, data)
+    value = initial_value(model, config, found, seen)
     put(model, value, name, trainable=trainable, replace=replace, active=False)
     state = require(model)
     entry = state.entry(name)
@@ -128,6 +139,20 @@ def add(
     if active:
         state.default = Active(((entry, 1.0),))
     return found
+
+
+def _look(
+    model: nn.Module, config: LoRAConfig, found: Resolution, data: Iterable[Any] | None
+) -> tuple[Resolution, Mapping[str, Any] | None]:
+    """What the initialisation finds in data, run through the base alone; it may change the targets' ranks."""
+    look, state = INITS[config.init_method].look, state_of(model)
+    if look is None or data is None:
+        return found, None
+    with torch.inference_mode(False), contextlib.nullcontext() if state is None else state.override(NOTHING):
+        targets, seen = look(model, found.targets, data, config.init_settings)
+    left = {target.path for target in targets}
+    dropped = [f"{t.path}: init={config.init!r} gave it no rank" for t in found.targets if t.path not in left]
+    return dataclasses.replace(found, targets=targets, skipped=(*found.skipped, *dropped)), seen
 
 
 # ---- putting ---------------------------------------------------------------------------------------------------------
@@ -159,34 +184,9 @@ def put(
         LoRAMismatchError: it does not fit; lists every missing module and wrong shape. The model is as before.
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
-    if not isinstance(name, str) or not name:
-        raise LoRANameError(
-            f"{name!r} is no name for an adapter.",
-            value=name,
-            expected="a string that is not empty",
-            remedy='Give any string, such as "task" or "org/task".',
-        )
     value.config.require_supported()
-    state = state_of(model)
-    modules = modules_of(model)
-    _refuse_foreign(model, state, modules)
-    if state is not None:
-        state.require_unmerged("add_lora")
-        if state.overridden and any(state.current.entries):
-            raise LoRAStateError(
-                "An adapter cannot be added inside use_lora() or route_lora().",
-                remedy="Add or load it before the with block.",
-            )
-        if name in state.entries and not replace:
-            raise LoRANameError(
-                f"An adapter named {name!r} is already on this model.",
-                name=name,
-                value=name,
-                remedy="Choose another name, remove_lora() it, or pass replace=True.",
-            )
-        if name in state.entries:
-            state.require_unused("replace", [state.entries[name]])
-        _refuse_managed(model, [state.entries[name]] if name in state.entries else [], "replaced")
+    state, modules = state_of(model), modules_of(model)
+    _require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
@@ -213,6 +213,37 @@ def put(
         state.entries = {**state.entries, name: entry}
         if active or (active is None and not state.default.mixture):
             state.default = Active(((entry, 1.0),))
+
+
+def _require_putable(
+    model: nn.Module, name: str, replace: bool, state: LoRAState | None, modules: Mapping[str, nn.Module]
+) -> None:
+    """Raise if no adapter can be put under this name now, whatever it holds."""
+    if not isinstance(name, str) or not name:
+        raise LoRANameError(
+            f"{name!r} is no name for an adapter.",
+            value=name,
+            expected="a string that is not empty",
+            remedy='Give any string, such as "task" or "org/task".',
+        )
+    _refuse_foreign(model, state, modules)
+    if state is not None:
+        state.require_unmerged("add_lora")
+        if state.overridden and any(state.current.entries):
+            raise LoRAStateError(
+                "An adapter cannot be added inside use_lora() or route_lora().",
+                remedy="Add or load it before the with block.",
+            )
+        if name in state.entries and not replace:
+            raise LoRANameError(
+                f"An adapter named {name!r} is already on this model.",
+                name=name,
+                value=name,
+                remedy="Choose another name, remove_lora() it, or pass replace=True.",
+            )
+        if name in state.entries:
+            state.require_unused("replace", [state.entries[name]])
+        _refuse_managed(model, [state.entries[name]] if name in state.entries else [], "replaced")
 
 
 def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> None:
@@ -256,7 +287,7 @@ def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
 
 def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> bool:
     """Put the value into the layers. Returns whether they now hold every bit of it."""
-    rslora = value.config.use_rslora
+    rslora, still = value.config.use_rslora, INITS[value.config.init_method].still
     held = not (value.biases or value.modules or value.embeddings)
     for path, factors in value.factors.items():
         module = plan.modules[path]
@@ -270,14 +301,24 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             entry.trainable,
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
+            anchored=factors.anchored,
+            still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
-        A, B = factors.A, factors.B
+        A, B, extras = factors.A, factors.B, factors.extras
         if entry.trainable:
             master = torch.promote_types(A.dtype, torch.float32)
             if slot.blocks:
                 rows, columns = block_index(slot.blocks, slot.rank)
                 B = B[rows.to(B.device), columns.to(B.device)]
-            slots.put_trainable(entry.slot, slot, A.to(master), B.to(master), _master(bias))
+            masters = {key: tensor.to(master) for key, tensor in extras.items()}
+            slots.put_trainable(entry.slot, slot, A.to(master), B.to(master), _master(bias), masters)
+            if any(EXTRAS[key].weight for key in extras) and is_here(module):
+                with torch.no_grad():
+                    slots.effect(entry.slot, module)  # looks at the weight now, rather than in a compiled graph
+        elif extras:
+            effect = _effect(module, factors)
+            slots.put_frozen(entry.slot, slot, A, B, _shift(module, bias, effect), effect)
+            held = False
         else:
             slots.put_frozen(entry.slot, slot, A, B, _bias_change(module, bias))
             held = held and slot.dtype is not None and factors.use_rslora == rslora
@@ -338,6 +379,31 @@ def _bias_change(module: nn.Module, bias: Tensor | None) -> Tensor | None:
     own = materialised(module, "bias")
     wide = torch.promote_types(torch.promote_types(bias.dtype, own.dtype), torch.float32)
     return bias.to(own.device, wide) - own.to(wide)
+
+
+def effect_on(factors: Factors, device: torch.device, base: Callable[[], Base]) -> Effect:
+    """What factors with a variant's vectors come to on a base, in float32 or wider, on a device."""
+    wide = torch.promote_types(factors.A.dtype, torch.float32)
+    A, B = (tensor.detach().to(device, wide) for tensor in (factors.A, factors.B))
+    extras = {name: tensor.detach().to(device, wide) for name, tensor in factors.extras.items()}
+    return effect_of(extras, A, B, factors.scaling, base)
+
+
+def _effect(module: nn.Module, factors: Factors) -> Effect:
+    weighted = any(EXTRAS[name].weight for name in factors.extras)
+    weight = dense_weight(module) if weighted else torch.empty(0, device=device_of(module))
+    layer: type[nn.Module] = getattr(type(module), "lora_base", type(module))
+    return effect_on(factors, weight.device, lambda: Base.of(weight, layer))
+
+
+def _shift(module: nn.Module, bias: Tensor | None, effect: Effect) -> Tensor | None:
+    """What a frozen adapter adds to the output whatever the input; a gain leaves the bias alone."""
+    parts = [_bias_change(module, bias), effect.offset]
+    if effect.gain is not None and getattr(module, "bias", None) is not None:
+        own = materialised(module, "bias").to(effect.gain)
+        parts.append((1 - effect.gain) * own)
+    found = [part.to(effect.A.device) for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, plan: Plan) -> LoRASlots:
@@ -491,10 +557,12 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
             else slots.read(entry.slot)
         )
         assert pair is not None
-        A, B = pair
+        extras = slots.extras(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
         kind = "embedding" if slots.kind == "embedding" else "linear"
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
-        factors[path] = Factors(kind, A, B, slot.alpha, resident.config.use_rslora, blocks)  # type: ignore[arg-type]
+        rslora = resident.config.use_rslora
+        A, B = pair
+        factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, anchored=slot.anchored)  # type: ignore[arg-type]
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -555,6 +623,8 @@ def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[s
         mine, other = have.factors[path], value.factors[path]
         if (mine.A.shape, mine.B.shape, mine.blocks) != (other.A.shape, other.B.shape, other.blocks):
             problems.append(f"{path}: rank or slices differ ({other.rank} in the file, {mine.rank} on the model)")
+        elif mine.extras.keys() != other.extras.keys():
+            problems.append(f"{path}: {sorted(other.extras)} in the file, {sorted(mine.extras)} on the model")
         elif mine.scaling != other.scaling:
             problems.append(f"{path}: scaling {other.scaling} in the file, {mine.scaling} on the model")
     for what in ("biases", "modules"):
@@ -573,8 +643,8 @@ def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             B = B[rows, columns]
-        assign(slots.get_parameter(f"A{index}"), factors.A)
-        assign(slots.get_parameter(f"B{index}"), B)
+        for name, part in {**slot.parts(factors.A, B), **factors.extras}.items():
+            assign(slots.get_parameter(f"{name}{index}"), part)
     for path, bias in value.biases.items():
         assign(modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}"), bias)
     for path, tensors in value.modules.items():

@@ -81,6 +81,9 @@ class Progress:
     def _pairs_of(self, entry: Entry, roles: dict[str, tuple[str, ...]]) -> Iterator[_Pair]:
         for path in entry.record.layers:
             slot = self._slots(path).slots[entry.slot]
+            if slot.gain:
+                role = "+".join(roles.get(path) or (path.rpartition(".")[2],))
+                self.left_out[role] = f"{path}: a variant multiplies its output too, so that B·A is not its ΔW"
             for index, (role, rows) in enumerate(slot.blocks):
                 yield _Pair(path, role, index, rows)
             if not slot.blocks:
@@ -141,7 +144,7 @@ def _training(model: nn.Module) -> list[Entry]:
 
 def _own_factors(slots: LoRASlots, index: int, slot: Slot, pair: _Pair) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (rows, r) of the pair, in the precision that its device has."""
-    A, B = (whole(slots.get_parameter(f"{side}{index}").detach()) for side in "AB")
+    A, B = slots.compact(index, lambda _, tensor: whole(tensor.detach()))
     if slot.blocks:  # the Parameter B holds the blocks' rows one below the other
         r = slot.rank // len(slot.blocks)
         lengths = [sum(map(len, rows)) for _, rows in slot.blocks]

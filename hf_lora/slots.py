@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from . import functional, fused
 from .banks import LoRABanks, Slot, block_index
+from .dropout import dropout as dropped_out
 from .routing import rows_of, unflattened
 from .rowmaps import inner_rows, picked
 from .state import Active, Entry, active_rows, tracing
-from .variants import VARIANTS
+from .variants import PLAIN
 
 __all__ = ["CHANNELS_FIRST", "LoRASlots", "Slot", "block_index"]
 
@@ -33,12 +34,13 @@ class _Plan:
     B: Tensor | None = None  # (N, R, out)
     places: Tensor | None = None  # (N,), an embedding's rows of the bank
     bias: Tensor | None = None  # (N, out)
+    gain: Tensor | None = None  # (N, out), less 1
     trained: tuple[tuple[int, Slot, Tensor], ...] = ()  # slot, and which rows take it: (N,), 1 or 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = [self.A, self.B, self.bias, *(chosen for _, _, chosen in self.trained)]
+        tensors = [self.A, self.B, self.bias, self.gain, *(chosen for _, _, chosen in self.trained)]
         return sum(t.nbytes for t in tensors if t is not None)
 
 
@@ -58,10 +60,11 @@ class LoRASlots(LoRABanks):
         active = self.state.current
         if active.rows is not None:
             return self._add_routed(x, output, base, active)
+        origin = output
         for entry, weight in active.mixture:
             slot = self.slots.get(entry.check().slot)
             if slot is not None:
-                output = self._add_one(x, output, base, entry.slot, slot, weight)
+                output = self._add_one(x, output, base, entry.slot, slot, weight, origin)
         return output
 
     def fused(self, x: Tensor, base: nn.Module) -> Tensor | None:
@@ -77,7 +80,7 @@ class LoRASlots(LoRABanks):
         for entry, weight in self.state.current.mixture:
             slot = self.slots.get(entry.check().slot)
             if slot is not None:
-                if found is not None or not slot.trainable or not slot.rank or slot.bias:
+                if found is not None or not slot.trainable or not slot.rank or slot.bias or slot.extras:
                     return None
                 found = entry.slot, slot, weight
         if found is None:
@@ -90,19 +93,42 @@ class LoRASlots(LoRABanks):
         factors = self.dense(index)
         assert factors is not None
         dropout = slot.dropout if self.training else 0.0
-        return VARIANTS[slot.variant].whole(x, own, bias, *factors, slot.scaling * weight, dropout=dropout)
+        return PLAIN.whole(x, own, bias, *factors, slot.scaling * weight, dropout=dropout)
 
     def _add_one(
-        self, x: Tensor, output: Tensor, base: nn.Module, index: int, slot: Slot, weight: float | Tensor
+        self,
+        x: Tensor,
+        output: Tensor,
+        base: nn.Module,
+        index: int,
+        slot: Slot,
+        weight: float | Tensor,
+        origin: Tensor | None = None,
     ) -> Tensor:
-        """`output` + weight · the adapter's delta; `weight` is a number, or (N, 1, …) with one for each row."""
+        """`output` + weight · what the adapter changes; `weight` is a number, or (N, 1, …) with one for each row.
+
+        `origin`: the layer's own output, where `output` holds more already; an adapter with a gain multiplies that.
+        """
         scaled = isinstance(weight, Tensor) or weight != 1
-        if slot.rank:
-            pair = None if slot.trainable or isinstance(weight, Tensor) else self._fused(x, output, index, slot)
+        dropout = slot.dropout
+        if dropout and (not self.training or self.kind == "embedding"):
+            dropout = 0.0
+        if slot.extras and slot.trainable:
+            own = output if origin is None else origin
+            changed = self._changed(x, own, base, index, dropout)
+            output = output + (changed - own) * weight if scaled or own is not output else changed
+        elif slot.rank:
+            if slot.gain:
+                own = output if origin is None else origin
+                if dropout:  # what is multiplied sees the input that A sees
+                    x, dropout = dropped_out(x, dropout), 0.0
+                    own = self.base.forward(base, x)
+                output = torch.addcmul(output, own, self.bank_gain[index].to(output.dtype) * weight)
+            pair = None if slot.trainable or isinstance(weight, Tensor) else self._fused(x, output, index, dropout)
             if pair is not None and not isinstance(weight, Tensor):
-                output = VARIANTS[slot.variant].add(output, x, *pair, weight, in_place=self._in_place())
+                output = PLAIN.add(output, x, *pair, weight, in_place=self._in_place())
             else:
-                delta = self._delta(x, output, base, index, slot)
+                delta = self._delta(x, output, base, index, dropout)
                 output = output + (delta * weight if scaled else delta).to(output.dtype)
         if slot.bias:
             bias = self.bias_delta(index, getattr(base, "bias", None)).to(output.dtype)
@@ -110,23 +136,51 @@ class LoRASlots(LoRABanks):
             output = output + (bias * weight if scaled else bias).to(output.dtype)
         return output
 
-    def _in_place(self) -> bool:
-        """Whether the base's output is a new tensor that autograd does not need."""
-        return self.fresh and not torch.is_grad_enabled()
+    def _changed(self, x: Tensor, own: Tensor, base: nn.Module, index: int, dropout: float) -> Tensor:
+        """The layer's `own` output as a trainable adapter of a variant changes it."""
+        effect, dtype = self.effect(index, base), own.dtype if self.kind == "embedding" else x.dtype
+        A, B = effect.A.to(dtype), effect.B.to(dtype)
+        inner, plain = dropped_out(x, dropout) if dropout else x, self.kind != "embedding" and own.dtype == dtype
+        if effect.fixed is not None:  # never beside a gain
+            C, D = (part.to(dtype) for part in effect.fixed)
+            own = own + functional.low_rank(x, C, D).to(own.dtype)
+        if effect.gain is None or not dropout:
+            delta = None if plain else self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
+            changed = summed = functional.add_low_rank(own, inner, A, B.T) if delta is None else own + delta
+        else:  # what the gain multiplies sees the input that A sees
+            delta = self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
+            summed = self.base.forward(base, inner) + delta
+            changed = own + delta
+        if effect.gain is not None:
+            bias = None if self.kind == "embedding" else getattr(base, "bias", None)
+            # Not gain ∘ summed: in half precision what a gain differs from 1 by has more digits than the gain.
+            less = summed if bias is None else summed - bias
+            changed = torch.addcmul(changed, less, (effect.gain - 1).to(changed.dtype))
+        return changed if effect.offset is None else changed + effect.offset.to(changed.dtype)
 
-    def _fused(self, x: Tensor, output: Tensor, index: int, slot: Slot) -> tuple[Tensor, Tensor] | None:
+    def _in_place(self) -> bool:
+        """Whether the base's output is a new tensor that nobody needs any more, autograd included."""
+        return self.fresh and not self.gained and not torch.is_grad_enabled()
+
+    def _fused(self, x: Tensor, output: Tensor, index: int, dropout: float) -> tuple[Tensor, Tensor] | None:
         """The frozen pair, where product and sum are one operation: nothing to cast, nothing dropped."""
-        if self.kind == "embedding" or (slot.dropout and self.training):
+        if self.kind == "embedding" or dropout:
             return None
         A, B = self.frozen(index)
         return (A, B) if x.dtype == A.dtype == output.dtype else None
 
-    def _delta(self, x: Tensor, output: Tensor, base: nn.Module, index: int, slot: Slot) -> Tensor:
+    def _delta(self, x: Tensor, output: Tensor, base: nn.Module, index: int, dropout: float) -> Tensor:
         dtype = output.dtype if self.kind == "embedding" else x.dtype  # the factors are cast, never the activations
         A, B = self.factors(index, dtype)
-        dropout = slot.dropout if self.training else 0.0
+        if dropout and self.slots[index].extra_rank:
+            rank = self.slots[index].rank
+            kept = self._scaled_delta(x, A[rank:], B[:, rank:], base, 0.0)
+            return kept + self._scaled_delta(x, A[:rank], B[:, :rank], base, dropout)
+        return self._scaled_delta(x, A, B, base, dropout)
+
+    def _scaled_delta(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, dropout: float) -> Tensor:
         padding = getattr(base, "padding_idx", None)
-        delta = VARIANTS[slot.variant].delta(x, A, B, kind=self.kind, dropout=dropout, padding_idx=padding)
+        delta = PLAIN.delta(x, A, B, kind=self.kind, dropout=dropout, padding_idx=padding)
         return _embed_scaled(delta, base) if self.kind == "embedding" else delta
 
     def _trainable(self) -> Iterator[tuple[int, Slot]]:
@@ -181,6 +235,8 @@ class LoRASlots(LoRABanks):
 
     def _add_planned(self, x: Tensor, output: Tensor, base: nn.Module, plan: _Plan) -> Tensor:
         """x: (N, …), N the rows of the route."""
+        if plan.gain is not None:
+            output = torch.addcmul(output, output, _bias_rows(plan.gain, output, base))
         if plan.A is not None and plan.B is not None:
             if x.dtype == output.dtype == plan.A.dtype and output.dim() > 2:
                 output = functional.add_grouped_low_rank(output, x, plan.A, plan.B, in_place=self._in_place())
@@ -217,12 +273,13 @@ class LoRASlots(LoRABanks):
         here = {entry: self.slots.get(entry.check().slot) for entry in active.entries}
         frozen = [e for e, slot in here.items() if slot is not None and slot.rank and not slot.trainable]
         biased = [e for e, slot in here.items() if slot is not None and slot.bias and not slot.trainable]
+        gained = [e for e, slot in here.items() if slot is not None and slot.gain and not slot.trainable]
         if any(here.values()):
             plan.rows = len(rows)
         if frozen:
             places, without = _places(active, frozen, device)
             bank_A, bank_B = self.bank_A, self.bank_B
-            most = max(self.slots[entry.slot].rank for entry in frozen)
+            most = max(slot.rank + slot.extra_rank for slot in (self.slots[entry.slot] for entry in frozen))
             rank = min(most, bank_A.shape[1], bank_B.shape[1])  # another thread may be widening one after the other
             plan.B = bank_B[:, :rank].index_select(0, places).index_fill_(0, without, 0)
             if self.kind == "embedding":
@@ -230,14 +287,21 @@ class LoRASlots(LoRABanks):
             else:
                 plan.A = bank_A[:, :rank].index_select(0, places)
         if biased:
-            places, without = _places(active, biased, device)
-            plan.bias = self.bank_bias.index_select(0, places).index_fill_(0, without, 0)
+            plan.bias = self._gathered(self.bank_bias, active, biased)
+        if gained:
+            plan.gain = self._gathered(self.bank_gain, active, gained)
         plan.trained = tuple(
             (entry.slot, slot, torch.tensor([row is entry for row in rows], device=device))
             for entry, slot in here.items()
             if slot is not None and slot.trainable
         )
         return plan
+
+    @staticmethod
+    def _gathered(bank: Tensor, active: Active, present: list[Entry]) -> Tensor:
+        """Each row's vector, (N, out); 0 for a row without."""
+        places, without = _places(active, present, bank.device)
+        return bank.index_select(0, places).index_fill_(0, without, 0)
 
     def _embedded(self, ids: Tensor, output: Tensor, places: Tensor, B: Tensor) -> Tensor:
         """Each row's A^T[ids] B. ids: (N, …). places: (N, K) rows of the bank. B: (N, K·R, d)."""
@@ -257,10 +321,13 @@ class LoRASlots(LoRABanks):
         row_map = "inner" if self.kind == "embedding" and x.dim() == 1 else "flat" if row_map == "windows" else row_map
         plain = traced is not None and row_map == "batch"
         slots, weights = traced if plain and traced is not None else active_rows(x, self.state, row_map)
-        ones = [1] * (output.dim() - 1)
+        ones, origin = [1] * (output.dim() - 1), output
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
-            output = self._add_one(x, output, base, index, slot, weight.to(output.dtype))
+            output = self._add_one(x, output, base, index, slot, weight.to(output.dtype), origin)
+        if self.bank_gain.shape[0]:
+            gain = _bias_rows(_chosen(self.bank_gain, slots, weights), output, base)
+            output = torch.addcmul(output, origin, gain)
         if self.bank_A.shape[0]:
             here = self.present[slots.clamp(max=self.present.shape[0] - 1)]
             places = torch.where(here, slots, 0)
@@ -272,10 +339,7 @@ class LoRASlots(LoRABanks):
                 A = self.bank_A[places].flatten(1, 2)  # (N, K·R, in)
                 output = output + functional.grouped_low_rank(x, A.to(x.dtype), B.to(x.dtype)).to(output.dtype)
         if self.bank_bias.shape[0]:
-            within = slots.clamp(max=self.bank_bias.shape[0] - 1)
-            chosen = weights * (slots < self.bank_bias.shape[0])
-            bias = (self.bank_bias[within] * chosen[:, :, None].to(self.bank_bias.dtype)).sum(1)
-            output = output + _bias_rows(bias, output, base)
+            output = output + _bias_rows(_chosen(self.bank_bias, slots, weights), output, base)
         return output
 
     def extra_repr(self) -> str:
@@ -294,6 +358,13 @@ def _places(active: Active, present: list[Entry], device: torch.device) -> tuple
         active.cache[key] = tuple(torch.tensor(found, device=device, dtype=torch.int64) for found in (places, without))
     places_and_without: tuple[Tensor, Tensor] = active.cache[key]
     return places_and_without
+
+
+def _chosen(bank: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of each row's vectors, (N, out). slots, weights: (N, K)."""
+    within = slots.clamp(max=bank.shape[0] - 1)
+    chosen = weights * (slots < bank.shape[0])
+    return (bank[within] * chosen[:, :, None].to(bank.dtype)).sum(1)
 
 
 def _bias_rows(bias: Tensor, output: Tensor, base: nn.Module) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from . import layout, safefile
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError
+from .extras import asked_for
 from .layout import from_state_dict, to_state_dict
 from .values import AdapterValue
 
@@ -193,6 +194,9 @@ def _digest(config: LoRAConfig) -> str:
         "bias": config.bias,
         "other": config.unsupported(),
     }
+    extras = asked_for(config)
+    if extras:  # a plain adapter's digest stays what it was
+        computed["extras"] = extras
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
 
 

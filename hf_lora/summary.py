@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .extras import EXTRAS
 from .layerinfo import is_held
 from .model import read, require
 from .slots import LoRASlots
@@ -32,6 +33,7 @@ class AdapterSummary:
     biases: int
     architecture: str | None
     skipped: tuple[str, ...]
+    anchored: bool = False  # half of the rank is what the adapter began as, and stays
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Summary:
             f"active: {self.active!r}" + (f"   merged: {self.merged!r}" if self.merged else ""),
         ]
         for a in self.adapters:
+            half = " (half of it stays as it began)" if a.anchored and a.trainable else ""
             marks = ", ".join(["active"] * a.active + ["trainable" if a.trainable else "frozen"])
-            lines.append(f"  {a.name!r} ({marks}): r={a.rank}, {a.parameters:,} parameters, {_size(a.nbytes)}")
+            lines.append(f"  {a.name!r} ({marks}): r={a.rank}{half}, {a.parameters:,} parameters, {_size(a.nbytes)}")
             lines.append("    targets: " + ", ".join(f"{role} × {n}" for role, n in a.targets.items()))
             if a.heads:
                 lines.append(f"    trained whole: {', '.join(a.heads)}")
@@ -82,10 +85,11 @@ def summarise(model: nn.Module) -> Summary:
     for entry in state.entries.values():
         resident = entry.record
         ranks, counts = set(), Counter[str]()
-        sizes = _sizes(model, entry)
+        sizes, anchored = _sizes(model, entry), False
         for path in resident.layers:
             slots: LoRASlots = model.get_submodule(path).lora_slots  # type: ignore[assignment]
             slot = slots.slots[entry.slot]
+            anchored = anchored or slot.anchored
             ranks.add(slot.rank // max(len(slot.blocks), 1))
             names = [role for role, _ in slot.blocks] or roles.get(path) or (path.rpartition(".")[2],)
             for role in names if slot.blocks else ["+".join(names)]:
@@ -103,6 +107,7 @@ def summarise(model: nn.Module) -> Summary:
                 len(resident.biases),
                 resident.architecture,
                 resident.skipped,
+                anchored,
             )
         )
     return Summary(
@@ -122,7 +127,7 @@ def _sizes(model: nn.Module, entry: Entry) -> tuple[int, int]:
     if not entry.trainable:
         value = entry.record.value or read(model, entry.name)
         return value.num_parameters, value.nbytes
-    mine = {f"A{slot}", f"B{slot}", f"bias{slot}"}
+    mine = {f"{name}{slot}" for name in ("A", "B", "bias", *EXTRAS)}
     tensors = [
         p
         for path, p in model.named_parameters()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .config import FrozenMapping, LoRAConfig
-from .errors import LoRAConfigError, LoRAMismatchError
+from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
+from .extras import EXTRAS, asked_for
 
-__all__ = ["AdapterValue", "Block", "Factors"]
+__all__ = ["AdapterValue", "Block", "Factors", "refuse_extras"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Factors:
         use_rslora: divide alpha by √R rather than R.
         blocks: slices of a fused layer. With n of them R = n·r, and columns i·r:(i+1)·r of B are zero outside block
             i's rows. Empty: the whole layer.
+        extras: the tensors that a variant adds, by the names in `extras.EXTRAS`, such as DoRA's "magnitude" (out,).
+        anchored: when it trains, the second half of each block's rank stays: what the pair began as, negated, so that
+            ΔW = scaling·(B·A − B₀·A₀). Nothing for a file: there it is a pair like any other.
 
     Raises:
         LoRAMismatchError: the tensors are no such pair.
@@ -76,9 +80,13 @@ class Factors:
     alpha: float
     use_rslora: bool = False
     blocks: tuple[Block, ...] = ()
+    extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        if not isinstance(self.extras, FrozenMapping):
+            object.__setattr__(self, "extras", FrozenMapping(self.extras))
         a, b = tuple(self.A.shape), tuple(self.B.shape)
         if self.kind not in ("linear", "embedding"):
             raise LoRAMismatchError(f"kind={self.kind!r} is neither 'linear' nor 'embedding'.", value=self.kind)
@@ -93,8 +101,41 @@ class Factors:
             )
         if isinstance(self.alpha, bool) or not 0 < self.alpha < math.inf:
             raise LoRAMismatchError(f"alpha={self.alpha!r} is not a positive number.", name="alpha", value=self.alpha)
+        for name, tensor in self.extras.items():
+            self._check_extra(name, tensor)
+        if self.anchored and a[0] % (2 * max(len(self.blocks), 1)):
+            raise LoRAMismatchError(f"Rank {a[0]} has no second half in each block.", name="anchored", value=a[0])
         if self.blocks:
             self._check_blocks()
+
+    def _check_extra(self, name: str, tensor: Tensor) -> None:
+        if name not in EXTRAS:
+            raise LoRAMismatchError(f"Factors have no {name!r}.", name=name, expected=tuple(EXTRAS))
+        extra = EXTRAS[name]
+        size = self.rank if extra.size == "rank" else self.out_features
+        if tuple(tensor.shape) != (size,) or not tensor.is_floating_point():
+            raise LoRAMismatchError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it has one floating number for each of {size}.",
+                name=name,
+                value=tuple(tensor.shape),
+                expected=(size,),
+            )
+        if self.kind not in extra.kinds:
+            raise LoRAUnsupportedError(
+                f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for an {self.kind}.",
+                name=extra.field,
+                value=self.kind,
+                expected=extra.kinds,
+                remedy=f"Leave the {self.kind} out of target_modules, or train without {extra.field}.",
+            )
+        if self.blocks:
+            raise LoRAUnsupportedError(
+                f"{extra.field} is for whole layers, not for slices of a fused one "
+                f"({', '.join(block.role for block in self.blocks)}).",
+                name=extra.field,
+                value=[block.role for block in self.blocks],
+                remedy="Name the fused layer itself in target_modules (c_attn, qkv_proj, query_key_value).",
+            )
 
     def _check_blocks(self) -> None:
         n, out = len(self.blocks), self.B.shape[0]
@@ -138,7 +179,8 @@ class Factors:
     def num_parameters(self) -> int:
         """How many numbers were trained: in B only the rows that the blocks own."""
         rows = sum(map(len, self.blocks)) / max(len(self.blocks), 1) if self.blocks else self.B.shape[0]
-        return self.A.numel() + int(rows * self.rank)
+        pair = self.A.numel() + int(rows * self.rank)
+        return pair // (2 if self.anchored else 1) + sum(tensor.numel() for tensor in self.extras.values())
 
     @property
     def in_features(self) -> int:
@@ -154,13 +196,18 @@ class Factors:
         """ΔW = scaling·B·A as a dense (out, in) tensor, in float32 (float64 if the factors are).
 
         An embedding's is (d, V), the transpose of its weight; a Conv1D's likewise.
+
+        Raises:
+            LoRAUnsupportedError: ΔW depends on the base's weight (DoRA).
         """
+        refuse_extras(self, "delta()", [name for name, extra in EXTRAS.items() if extra.weight])
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scaling
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another floating dtype."""
-        return dataclasses.replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+        extras = {name: tensor.to(dtype) for name, tensor in self.extras.items()}
+        return dataclasses.replace(self, A=self.A.to(dtype), B=self.B.to(dtype), extras=extras)
 
     def equal(self, other: Factors) -> bool:
         """Same kind, scaling, blocks, and bit-equal tensors of the same dtype."""
@@ -169,6 +216,8 @@ class Factors:
             == (other.kind, other.alpha, other.use_rslora, other.blocks)
             and _same(self.A, other.A)
             and _same(self.B, other.B)
+            and self.extras.keys() == other.extras.keys()
+            and all(_same(tensor, other.extras[name]) for name, tensor in self.extras.items())
         )
 
     def _parts(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
@@ -243,6 +292,17 @@ class AdapterValue:
         object.__setattr__(self, "modules", FrozenMapping(modules))
         if not self.factors:
             raise LoRAMismatchError("The adapter has no LoRA factors.", remedy="Adapt at least one module.")
+        asked = set(asked_for(self.config))
+        for path, pair in self.factors.items():
+            if asked != pair.extras.keys():
+                odd = sorted(asked ^ pair.extras.keys())[0]
+                said = f"has no {odd}, which" if odd in asked else f"has a {odd}, which only"
+                raise LoRAMismatchError(
+                    f"{path}: the adapter {said} {EXTRAS[odd].field} asks for.",
+                    name=EXTRAS[odd].field,
+                    value=sorted(pair.extras),
+                    expected=sorted(asked),
+                )
         for name in self.biases:
             if not name.endswith(".bias") and name != "bias":
                 raise LoRAMismatchError(f"The bias {name!r} is not named '<module>.bias'.", name=name)
@@ -261,6 +321,7 @@ class AdapterValue:
         for factors in self.factors.values():
             yield factors.A
             yield factors.B
+            yield from factors.extras.values()
         yield from self.biases.values()
         for state in self.modules.values():
             yield from state.values()
@@ -287,7 +348,7 @@ class AdapterValue:
         return dataclasses.replace(
             self,
             factors={
-                path: dataclasses.replace(f, A=f.A.detach().clone(), B=f.B.detach().clone())
+                path: dataclasses.replace(f, A=f.A.detach().clone(), B=f.B.detach().clone(), extras=own(f.extras))
                 for path, f in self.factors.items()
             },
             biases=own(self.biases),
@@ -323,6 +384,20 @@ class AdapterValue:
             and self.modules.keys() == other.modules.keys()
             and all(same(state, other.modules[path]) for path, state in self.modules.items())
         )
+
+
+def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = tuple(EXTRAS)) -> None:
+    """Raise `LoRAUnsupportedError` if there are such extras, with which B·A alone is not what the adapter computes."""
+    all_factors = [value] if isinstance(value, Factors) else value.factors.values()
+    for name in names:
+        if any(name in factors.extras for factors in all_factors):
+            extra = EXTRAS[name]
+            raise LoRAUnsupportedError(
+                f"{what} is of plain factors, and this adapter was trained with {extra.field}.",
+                name=extra.field,
+                value=True,
+                remedy="Put it on its base in memory and merge_lora(); extract_lora() of that model is a plain LoRA.",
+            )
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:

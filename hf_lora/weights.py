@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .errors import LoRAUnsupportedError
 from .sharding import whole
 
-__all__ = ["compute_dtype", "device_of", "materialised", "mergeable"]
+__all__ = ["compute_dtype", "dense_weight", "device_of", "is_dense", "is_here", "materialised", "mergeable"]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -44,6 +44,25 @@ def compute_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
         if isinstance(source, torch.dtype) and source.is_floating_point:
             return source
     return torch.get_default_dtype()
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether the layer's weight is a matrix of floats, and no quantised one; in memory or not, split or not."""
+    weight = getattr(module, "weight", None)
+    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
+    return isinstance(weight, Tensor) and plain and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
+
+
+def is_here(module: nn.Module) -> bool:
+    """Whether the layer's weight is in memory whole: not offloaded, not split over processes."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_meta and whole(weight) is weight
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The layer's weight where it is; a copy of one that is offloaded, or split over processes."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return materialised(module, "weight") if weight.is_meta else whole(weight).detach()
 
 
 def mergeable(module: nn.Module, path: str) -> Tensor:

@@ -499,7 +499,7 @@ def test_the_rest_of_the_config_is_the_firsts():
         "org/base",
         "v1",
     )
-    assert config.peft_fields["init_lora_weights"] == "eva"
+    assert config.to_peft()["init_lora_weights"] == "eva"
 
 
 def test_targets_are_those_of_all():

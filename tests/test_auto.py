@@ -250,18 +250,18 @@ def test_other_types_through_peft(saved, peft, tmp_path, batch):
 
 def test_a_lora_that_we_do_not_compute_goes_through_peft(saved, peft, tmp_path, batch, caplog):
     base, _, _ = saved()
-    config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+    tokens = {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **tokens)
     theirs = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
-    theirs.save_pretrained(tmp_path / "dora")
+    theirs.save_pretrained(tmp_path / "alora")
     with caplog.at_level("WARNING", logger="hf_lora"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dora", adapter_kwargs={"allow_pickle": True})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "alora", adapter_kwargs={"allow_pickle": True})
     assert "through peft" in caplog.text
-    assert "use_dora" in caplog.text
+    assert "alora_invocation_tokens" in caplog.text
     assert loaded.lora_names == ()
-    # Not compared with `theirs`: transformers 5.23 itself loads no DoRA magnitudes.
-    assert loaded.peft_config["default"].use_dora
+    assert loaded.peft_config["default"].alora_invocation_tokens == [3, 4]
     ours, saved_tensors = loaded.get_adapter_state_dict(), theirs.state_dict()
-    for key in (key for key in ours if "magnitude" not in key):
+    for key in ours:
         part, _, leaf = key.rpartition(".")
         assert torch.equal(ours[key], saved_tensors[f"base_model.model.{part}.default.{leaf}"])
 

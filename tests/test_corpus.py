@@ -166,7 +166,6 @@ def test_a_lora_config_that_asks_for_more_than_plain_lora_names_the_field(corpus
             with pytest.raises(LoRAUnsupportedError, match=field):
                 config.require_supported()
             named.setdefault(field, set()).add(row["file"])
-    assert len(named["use_dora"]) >= 2, named
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -339,11 +341,93 @@ def assert_same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("where", ["autocast", "trained base", "another adapter too", "bias trained too", "hooked"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_it_is_as_exact_as_the_generic_path(
+    tiny: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dropout: float
+) -> None:
+    """Against the same model and the same masks in float32: bfloat16's rounding is all that is between them."""
+    found = calls(monkeypatch)
+    model = with_lora(tiny("llama", dtype=dtype), dropout=dropout)
+    exact, inputs = copy.deepcopy(model).float(), batch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = train(model, inputs)
+    assert found == {True: 14}
+    monkeypatch.setattr(fused, "fits", lambda *_: False)
+    expected, right = train(exact, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, others = train(model, inputs)
+    assert len(grads) == 28
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0)
+
+    def off(values: dict[str, Tensor]) -> float:
+        both = [torch.cat([v[name].flatten() for name in right]) for v in (values, right)]
+        return float((both[0] - both[1]).norm() / both[1].norm())
+
+    assert off(grads) < 0.05
+    assert off(grads) < 1.5 * off(others)
+
+
+def test_under_autocast_too_layers_that_share_an_input_keep_it_once(tiny: Any, peft: Any) -> None:
+    """Beside the frozen base's: x in bfloat16 once for q, k, v and once for gate and up. PEFT keeps one for each."""
+
+    def bytes_of(model: Any, layers: Any) -> int:
+        hidden = numbers(2, 9, 32, seed=1, dtype=torch.float32).requires_grad_()
+        own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers(), hidden]}
+        with kept() as saved, torch.autocast("cpu", torch.bfloat16):
+            layers(inputs_embeds=hidden, use_cache=False)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        return sum(size for place, size in storages.items() if place not in own)
+
+    base = tiny("llama").requires_grad_(False)
+    ours = with_lora(tiny("llama"))
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=3, target_modules="all-linear")).train()
+    least = bytes_of(base, base.model)
+    extra = bytes_of(ours, ours.model) - least
+    layers, tokens, size = 2, 18, 2
+    inputs, narrow = 32 + 32 + 48, 7 * 3  # as above
+    factors = sum(p.numel() for p in ours.parameters() if p.requires_grad) * size  # their casts
+    assert extra <= layers * tokens * (inputs + narrow) * size + factors
+    assert extra < bytes_of(theirs, theirs.model.model) - least
+
+
+def test_the_copy_that_autocast_asks_for_is_of_this_tensor_as_it_is_now() -> None:
+    x = numbers(3, WIDE, seed=1, dtype=torch.float32).requires_grad_()
+    first = fused._cast(x, torch.bfloat16)
+    assert fused._cast(x, torch.bfloat16) is first
+    assert fused._cast(x, torch.float16).dtype == torch.float16
+    with torch.no_grad():
+        assert not fused._cast(x, torch.bfloat16).requires_grad
+        again = fused._cast(x, torch.bfloat16)
+        x.mul_(2)
+        assert torch.equal(fused._cast(x, torch.bfloat16), x.bfloat16())
+        assert not torch.equal(again, x.bfloat16())
+    assert fused._cast(x, torch.bfloat16).requires_grad
+    other = numbers(3, WIDE, seed=2, dtype=torch.float32)
+    assert torch.equal(fused._cast(other, torch.bfloat16), other.bfloat16())
+    elsewhere: list[Any] = []
+    thread = threading.Thread(target=lambda x: elsewhere.append(fused._cast(x, torch.bfloat16)), args=(other,))
+    thread.start()
+    thread.join()
+    assert elsewhere[0] is not fused._cast(other, torch.bfloat16)
+    held = weakref.ref(fused._cast(other, torch.bfloat16))
+    assert held() is not None
+    del other, thread
+    assert held() is None  # nothing is held for what is gone
+    with torch.inference_mode():
+        made = torch.ones(2)
+        assert fused._cast(made, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "where", ["autocast over float64", "trained base", "another adapter too", "bias trained too", "hooked"]
+)
 def test_where_it_is_not_for_the_generic_path_runs(
     tiny: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    model = tiny("llama")
+    doubles = where == "autocast over float64"  # which autocast leaves alone
+    model = tiny("llama", dtype=torch.float64 if doubles else torch.float32)
     if where == "another adapter too":
         model.add_lora(LoRAConfig(r=2, target_modules="all-linear"), "second")
     with_lora(model, bias="lora_only" if where == "bias trained too" else "none")
@@ -355,9 +439,9 @@ def test_where_it_is_not_for_the_generic_path_runs(
         layer.weight.requires_grad_()
     if where == "hooked":  # a hook sees what it always saw
         layer.register_forward_hook(lambda module, given, output: output * 0)
-    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=doubles):
         _, grads = train(model, inputs)
-    assert found[False] == {"autocast": 14, "trained base": 1, "another adapter too": 14}.get(where, 0)
+    assert found[False] == {"autocast over float64": 14, "trained base": 1, "another adapter too": 14}.get(where, 0)
     own = {name: g for name, g in grads.items() if "lora_slots" in name}
     assert len(own) == 28
     if where == "trained base":

@@ -19,10 +19,12 @@ PACKAGE, PAGES = ROOT / "hf_lora", ROOT / "docs" / "pages"
 # Room -> rooms it may import. A room is a file, or a folder whose files may import each other.
 TABLE: dict[str, str] = {
     "errors": "",
+    "extras": "",
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
-    "config": "errors fields patterns",
+    "initnames": "errors fields",
+    "config": "errors fields initnames patterns",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -44,13 +46,13 @@ TABLE: dict[str, str] = {
     "weights": "errors sharding",
     "exact": "errors",
     "workers": "exact",
-    "variants": "dropout errors functional fused weights",
-    "banks": "functional state",
-    "slots": "banks functional fused routing rowmaps state variants",
+    "variants": "dropout errors extras functional fused weights",
+    "banks": "extras functional state variants",
+    "slots": "banks dropout functional fused routing rowmaps state variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
-    "values": "config errors",
+    "values": "config errors extras",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
@@ -60,25 +62,27 @@ TABLE: dict[str, str] = {
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors values",
-    "store": "config errors layout safefile values",
+    "layout": "config errors extras values",
+    "store": "config errors extras layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
-    "cardtext": "bases facts values",
+    "cardtext": "bases extras facts values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
-    "initial": "config errors fitting layerinfo targeting values weights",
-    "fitting": "batches config errors layerinfo layers sharding state targeting values weights",
-    "model": "config errors facts fitting initial layerinfo layers routing rowmaps sharding slots state targeting values weights",  # noqa: E501
+    "inits": "config errors fields initnames sharding targeting weights",
+    "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
+    "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
+    "model": "config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
-    "merging": "errors exact layerinfo layers model sharding state switching targeting ties values weights workers",
+    "merging": "errors exact extras layerinfo layers model sharding state switching targeting ties values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
+    "kasa": "errors layers model",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
-    "summary": "errors layerinfo model slots state switching targeting values",
+    "summary": "errors extras layerinfo model slots state switching targeting values",
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
@@ -86,7 +90,7 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model spectrum values weights",  # noqa: E501
     "planning": "architectures config errors fields initial model slots store survey targeting",
@@ -94,7 +98,7 @@ TABLE: dict[str, str] = {
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers optimizer planning pool registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa optimizer planning pool registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",

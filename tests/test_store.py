@@ -269,8 +269,6 @@ def test_a_fused_slice_is_dense_for_peft(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],
 )

@@ -20,7 +20,7 @@ from ..architectures import ROLES
 from ..errors import LoRAConfigError, LoRAMismatchError, LoRANameError, LoRATargetError
 from ..inspection import roles_of_path
 from ..spectrum import parts
-from ..values import AdapterValue, Block, Factors
+from ..values import AdapterValue, Block, Factors, refuse_extras
 
 __all__ = [
     "Array",
@@ -79,6 +79,7 @@ def places(adapter: Any, only: Iterable[str] | None = None, *, what: str = "adap
             expected="a LoRAAdapter",
             remedy="Load it: LoRAAdapter.load(folder_or_repo), or model.lora_adapter(name).",
         )
+    refuse_extras(adapter, f"An analysis of the {what}")
     check_finite({f"{what}, {path}": factors for path, factors in adapter.factors.items()})
     found = []
     for path, factors in sorted(adapter.factors.items(), key=lambda item: _natural(item[0])):

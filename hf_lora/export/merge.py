@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRAConfigError, LoRAMismatchError
-from ..exact import Factored, product
+from ..exact import product
+from ..extras import EXTRAS
 from ..loading import read_source
-from ..values import AdapterValue, Factors
+from ..merging import factored
+from ..values import AdapterValue, Factors, refuse_extras
 from ..workers import alone
 from .base import BaseFiles, open_base
 from .plan import CHUNK, Item, MergePlan, decide, refuse_other_base
@@ -111,6 +113,7 @@ def merge_to_folder(
     name, revision = _base_name(value, base, base_revision)
     files = open_base(name, revision=revision, **both)
     refuse_other_base(value, files, force)
+    refuse_extras(value, "A merge on disk", [name for name, extra in EXTRAS.items() if not extra.weight])
     plan = decide(value, files, wanted, complete=not isinstance(source, AdapterValue))
     shards = divide([item.spec for item in plan.items], most)
     with appearing(target, sum(spec.nbytes for shard in shards for spec in shard.specs)) as folder:
@@ -207,10 +210,8 @@ def _values(item: Item, plan: MergePlan) -> Iterator[Tensor]:
 
 def _added(weight: Tensor, factors: Factors, transposed: bool, path: str) -> Tensor:
     """round(W + ΔW), the bits that `merge_lora` gives, in place of W."""
-    wide = torch.promote_types(factors.A.dtype, torch.float32)
-    A, B = factors.A.to(wide), factors.B.to(wide) * factors.scaling
-    change = Factored(A.T, B.T) if transposed else Factored(B, A)
-    for rows, delta in product(change.to(weight.device, weight.dtype)):
+    change = factored([(factors, 1.0)], transposed, weight).to(weight.device, weight.dtype)
+    for rows, delta in product(change):
         if not _finite(delta):
             raise LoRAMismatchError(
                 f"{path}: ΔW holds NaN or infinite values, so nothing was merged.",
@@ -218,7 +219,7 @@ def _added(weight: Tensor, factors: Factors, transposed: bool, path: str) -> Ten
                 remedy="Check the adapter (a diverged training run?).",
             )
         old = weight[rows]
-        merged = torch.add(old, delta, out=torch.empty_like(old))
+        merged = change.put(old, rows, delta, torch.empty_like(old))
         if not _finite(merged) and bool((~torch.isfinite(merged) & torch.isfinite(old)).any()):
             raise _overflows(path, weight.dtype)
         old.copy_(merged)
