@@ -280,7 +280,7 @@ def test_systems_of_one_seed_keep_to_the_profiles_tasks(run: Any) -> None:
     experiment = read(PAPER / "experiments" / "table2.yaml").content
     cells = list(Grid(experiment, Profile.read("local"), Records(Path("none"))).cells())
     assert {c.task for c in cells if c.system["method"] == "lora"} == {"sst2", "cola", "mrpc", "rte", "stsb"}
-    assert {c.task for c in cells if c.system["method"] == "bitfit"} == {"sst2", "stsb"}
+    assert {c.task for c in cells if c.system["method"] == "bitfit"} == {"sst2"}
     every = list(Grid(experiment, Profile.read("local-long"), Records(Path("none"))).cells())
     assert {c.task for c in every if c.system["method"] == "bitfit"} == {"sst2", "cola", "mrpc", "rte", "stsb"}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .methods import METHODS
 from .metrics import METRICS
 
 __all__ = ["draw"]
@@ -73,7 +74,7 @@ def _parameters(plt: Any, results: _Results) -> Any:
                     yerr=[e for _, _, e in line],
                     marker="o^sDvPX*"[k % 8],
                     color=plt.cm.tab20(k % 20),
-                    label=method,
+                    label=METHODS[method].title,
                     linewidth=1,
                     markersize=5,
                 )
@@ -160,7 +161,10 @@ def _similarity(plt: Any, results: _Results) -> Any:
     lines = -(-len(panels) // 3)
     figure, axes = plt.subplots(lines, 3, figsize=(10.5, 3.4 * lines), squeeze=False)
     for axis, (title, phi) in zip(axes.flat, panels, strict=False):
-        image = axis.imshow([line[: len(phi)] for line in phi], vmin=0, vmax=1, origin="lower", aspect="auto")
+        ends = (0.5, len(phi) + 0.5)  # the first direction is 1
+        image = axis.imshow(
+            [line[: len(phi)] for line in phi], vmin=0, vmax=1, origin="lower", aspect="auto", extent=(*ends, *ends)
+        )
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("j", fontsize=8)
         axis.set_ylabel("i", fontsize=8)
