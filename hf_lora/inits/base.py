@@ -24,7 +24,7 @@ class Layer:
     """A layer that takes a pair, or the rows of a fused one that belong to one role.
 
     Attributes:
-        path: the module's name. role: of a fused layer's rows.
+        path: the module's name.
         in_features, out_features: of these rows; an embedding's are (V, d).
         rank, scaling: r, and s of s·B·A.
         dtype: of the factors.

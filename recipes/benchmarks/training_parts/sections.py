@@ -22,7 +22,7 @@ TITLES = {
     "saved": "Activations saved for the backward, the head and the loss left out",
 }
 LIMIT, WHOLE, FROZEN = "the limit", "full fine-tuning", "the frozen base"
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}  # of the largest entry of the gradients, dropout off
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}  # of the largest entry of the gradients
 _DROPOUT = ("uniform_", "log_", "clamp_", "index_fill_", "index_copy_", "cumsum", "searchsorted", "clone")
 
 

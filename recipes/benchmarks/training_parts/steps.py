@@ -124,19 +124,43 @@ def stepper(model: Any, ids: Tensor) -> Callable[[], None]:
 
 
 def gradients(model: Any, ids: Tensor) -> Tensor:
-    """What a step gives, dropout off: the factors' gradients, or the embeddings' output's where there are none."""
+    """What a step gives, dropout off: the factors' gradients, or the embeddings' output's where there are none.
+
+    In training mode, since that is what is timed: in eval mode hf_lora's sums are a frozen adapter's.
+    """
     kept: list[Tensor] = []
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, given, output: kept.append(output))
-    model.eval()
+    model.train()
     for parameter in model.parameters():
         parameter.grad = None
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    with _no_dropout(model):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     handle.remove()
     trained = sorted((_place(n), p) for n, p in model.named_parameters() if p.requires_grad and "lora_" in n)
     found = torch.autograd.grad(loss, [p for _, p in trained] or kept)
-    model.train()
     return torch.cat([g.float().flatten() for g in found])
+
+
+@contextmanager
+def _no_dropout(model: Any) -> Iterator[None]:
+    """Within the block neither library drops anything."""
+    from hf_lora.slots import LoRASlots
+
+    theirs = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    ours = [slot for m in model.modules() if isinstance(m, LoRASlots) for slot in m.slots.values()]
+    kept = [slot.dropout for slot in ours]
+    for module in theirs:
+        module.eval()
+    for slot in ours:
+        slot.dropout = 0.0
+    try:
+        yield
+    finally:
+        for module in theirs:
+            module.train()
+        for slot, dropout in zip(ours, kept, strict=True):
+            slot.dropout = dropout
 
 
 @contextmanager
