@@ -259,12 +259,22 @@ def test_the_published_table_is_of_the_published_samples(parts: Any) -> None:
     assert (PUBLISHED / "serving.md").read_text(encoding="utf-8") == parts.report.as_markdown(data)
 
 
-def test_the_page_shows_the_table_and_the_figure() -> None:
-    page = (ROOT / "docs" / "pages" / "benchmarks.md").read_text(encoding="utf-8")
-    assert '--8<-- "serving.md"' in page
-    (figure,) = re.findall(r'<img src="([^"]+)"', page)
-    assert (ROOT / "docs" / "pages" / figure).resolve() == PUBLISHED / "serving.png"
-    assert (PUBLISHED / "serving.png").is_file()
+def test_the_published_training_table_is_of_the_published_samples(parts: Any) -> None:
+    from training_parts import sections
+
+    data = json.loads((PUBLISHED / "training.json").read_text(encoding="utf-8"))
+    assert list(data["sections"]) == list(sections.TITLES)
+    assert data["smoke"] is False
+    assert (PUBLISHED / "training.md").read_text(encoding="utf-8") == parts.report.as_markdown(data, sections.TITLES)
+
+
+@pytest.mark.parametrize(("page", "name"), [("benchmarks", "serving"), ("training-cost", "training")])
+def test_the_page_shows_the_table_and_the_figure(page: str, name: str) -> None:
+    text = (ROOT / "docs" / "pages" / f"{page}.md").read_text(encoding="utf-8")
+    assert f'--8<-- "{name}.md"' in text
+    (figure,) = re.findall(r'<img src="([^"]+)"', text)
+    assert (ROOT / "docs" / "pages" / figure).resolve() == PUBLISHED / f"{name}.png"
+    assert (PUBLISHED / f"{name}.png").is_file()
 
 
 def test_the_gpu_script_runs_small_on_a_cpu(peft: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
