@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAConfigError, LoRAUnsupportedError
-from ..sharding import whole
 from ..targeting import Target
-from ..weights import materialised
+from ..weights import dense_weight
 
 __all__ = ["Init", "Layer", "Look", "Pair", "Settings", "dense"]
 
@@ -99,5 +98,5 @@ def dense(module: nn.Module, path: str, kind: str, dtype: torch.dtype) -> Tensor
             expected="a dense float weight",
             remedy='Load the base without quantisation, or begin with init="kaiming".',
         )
-    own = materialised(module, "weight") if weight.is_meta else whole(weight).detach()
+    own = dense_weight(module)
     return (own.T if kind in ("conv1d", "embedding") else own).to(dtype)
