@@ -766,10 +766,10 @@ def test_a_real_ctrl_c_ends_with_130_and_whole_files(tmp_path: Path, tiny_base: 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_quickstart_itself(tmp_path: Path) -> None:
-    """As a user runs it: better than every baseline by more than the error, equal outputs, within its memory."""
+    """As a user runs it, in half of the steps: better than all by more than the error, equal outputs, in its memory."""
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "hf_lora", "quickstart", "--out", str(out)],
+        [sys.executable, "-m", "hf_lora", "quickstart", "--steps", "20", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
