@@ -76,6 +76,9 @@ _OWN = {
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
     "kasa_config": "kasa_config",
+    "use_bdlora": "use_bdlora",
+    "use_qalora": "use_qalora",
+    "qalora_group_size": "qalora_group_size",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -105,7 +108,6 @@ _NEUTRAL = frozenset(
         "megatron_config",
         "megatron_core",
         "merge_weights",
-        "qalora_group_size",
     }
 )
 # Change gradients or losses but not the forward pass: refused when an adapter is constructed, not when one is read.
@@ -187,6 +189,10 @@ class LoRAConfig:
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
         kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
             gamma, the weights in `hf_lora.kasa_loss`; None is off.
+        use_bdlora: A or B is block-diagonal (BD-LoRA): {"nblocks": n, "target_modules_bd_a": […], "target_modules_bd_b":
+            […]}, lists of what layers' names hold; "match_strict": False leaves others plain. None is off.
+        use_qalora: A reads the mean of each `qalora_group_size` inputs (QA-LoRA).
+        qalora_group_size: see `use_qalora`.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
@@ -210,7 +216,8 @@ class LoRAConfig:
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
     (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
-    2024 (arXiv:2412.06071).
+    2024 (arXiv:2412.06071); BD-LoRA: Wang et al. 2025 (arXiv:2510.23346); QA-LoRA: Xu et al. 2023
+    (arXiv:2309.14717).
     """
 
     r: int = 8
@@ -221,6 +228,9 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     kasa_config: Mapping[str, float] | None = None
+    use_bdlora: Mapping[str, Any] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
@@ -242,7 +252,7 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "use_dora", "lora_bias", "freeze_a", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "freeze_a", "fan_in_fan_out"):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
         initnames.check(self.init)
@@ -260,10 +270,13 @@ class LoRAConfig:
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
         put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
+        put("use_bdlora", fields.block_diagonal(self.use_bdlora))
+        fields.integer("qalora_group_size", self.qalora_group_size, least=1)
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        fields.require_apart(vars(self))
         if self.kasa_config is not None and self.use_dora:
             raise LoRAConfigError(
                 "kasa_config cannot be combined with use_dora=True: neither says which weight the magnitudes are of.",
@@ -366,7 +379,7 @@ class LoRAConfig:
         found = self.unsupported(constructing=constructing)
         if not found:
             if constructing:
-                initnames.require_together(self.init, {"freeze_a": self.freeze_a, "kasa_config": self.kasa_config})
+                initnames.require_together(self.init, {name: getattr(self, name) for name in initnames.APART})
             return
         names = ", ".join(f"{name}={value!r}" for name, value in found.items())
         remedies = [_REMEDIES[name] for name in found if name in _REMEDIES]
@@ -446,7 +459,7 @@ class LoRAConfig:
             if isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):
-                value = {key: _number(item) for key, item in value.items()}
+                value = {key: list(i) if isinstance(i, tuple) else _number(i) for key, i in value.items()}
             written[theirs] = value
         for name in ("target_modules", "exclude_modules"):
             if isinstance(written[name], list):

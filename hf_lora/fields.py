@@ -176,6 +176,50 @@ def numbers(name: str, value: Any, keys: tuple[str, ...]) -> FrozenMapping[str, 
     return FrozenMapping(value)
 
 
+def block_diagonal(value: Any) -> FrozenMapping[str, Any] | None:
+    """`use_bdlora`: None, or a read-only map of PEFT's four settings, lists as tuples."""
+    name = "use_bdlora"
+    if value is None:
+        return None
+    lists = ("target_modules_bd_a", "target_modules_bd_b")
+    if not isinstance(value, Mapping) or not set(value) <= {*lists, "nblocks", "match_strict"}:
+        raise wrong(name, value, f"a mapping of {lists[0]}, {lists[1]}, nblocks and match_strict")
+    found = dict(value)
+    for key in lists:
+        if found.get(key) is not None:
+            found[key] = optional_names(f"{name}[{key!r}]", found[key])
+    both = sorted(set(found.get(lists[0]) or ()) & set(found.get(lists[1]) or ()))
+    if both:
+        raise wrong(name, dict(value), f"a mapping that has {', '.join(map(repr, both))} in one of its lists")
+    integer(f"{name}['nblocks']", found.get("nblocks", 1), least=1)
+    boolean(f"{name}['match_strict']", found.get("match_strict", True))
+    return FrozenMapping(found)
+
+
+# Fields that have no meaning together, and why.
+_APART = (
+    ("use_bdlora", "use_qalora", "neither says of which form A is"),
+    ("use_bdlora", "kasa_config", "its loss compares A and B with singular vectors, which blocks cannot be"),
+    ("use_qalora", "kasa_config", "its loss compares A with singular vectors, which pooled inputs do not give"),
+)
+
+
+def require_apart(config: Mapping[str, Any]) -> None:
+    """Raise `LoRAConfigError` if two fields are set that have no meaning together."""
+    pairs = [*_APART]
+    if (config["use_bdlora"] or {}).get("target_modules_bd_b"):
+        pairs.append(("lora_bias", "use_bdlora", "in PEFT a block-diagonal B has no bias"))
+    for one, other, why in pairs:
+        if all(config[name] not in (None, False) for name in (one, other)):
+            raise LoRAConfigError(
+                f"{one} cannot be combined with {other}: {why}.",
+                name=one,
+                value=config[one],
+                facts=[f"{name}={config[name]!r}" for name in (one, other)],
+                remedy="Leave one of them out.",
+            )
+
+
 def pattern_map(name: str, value: Any, check: Callable[[str, Any], T]) -> FrozenMapping[str, T]:
     """A read-only map from regular expressions to values that pass `check`."""
     if not isinstance(value, Mapping):

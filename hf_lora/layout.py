@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
+from .forms import Form, PooledA, form_of
 from .values import AdapterValue, Block, Factors
 
 __all__ = [
@@ -84,6 +85,7 @@ class Plan:
     twins: dict[str, str] = field(default_factory=dict)  # name -> name of a tensor that must be equal
     unused: list[str] = field(default_factory=list)  # names of the base's own tensors that the adapter replaces
     resolved: dict[str, tuple[int, float]] = field(default_factory=dict)  # path -> (rank, alpha)
+    forms: dict[str, Form] = field(default_factory=dict)  # of those that are not stored whole
 
 
 def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Plan:
@@ -207,6 +209,11 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
             continue
         (a_type, a), (b_type, b) = specs[pair["A"]], specs[pair["B"]]
         rank = plan.resolved[path][0]
+        form = form_of(config, path)
+        if form is not None and not (pair["kind"] == "embedding" and isinstance(form, PooledA)):
+            plan.forms[path] = form
+            if len(a) == len(b) == 2:
+                a, b = form.whole(a, b)
         if len(a) != 2 or len(b) != 2:
             if len(a) > 2 and len(a) == len(b):
                 higher[pair["A"]] = f"a convolution's factors, shape {list(a)}"
@@ -325,8 +332,7 @@ def assemble(
         factors = {
             path: Factors(
                 kind="embedding" if pair["kind"] == "embedding" else "linear",
-                A=tensors[pair["A"]],
-                B=tensors[pair["B"]],
+                **_pair(plan, path, tensors),
                 alpha=plan.resolved[path][1],
                 use_rslora=config.use_rslora,
                 blocks=blocks.get(path, ()),
@@ -343,6 +349,16 @@ def assemble(
         )
     except LoRAError as error:
         raise LoRAFileError(f"{source}: {error.message}", name=error.name, value=error.value) from error
+
+
+def _pair(plan: Plan, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A and B whole, and their form."""
+    A, B = (tensors[plan.factors[path][part]] for part in ("A", "B"))
+    form = plan.forms.get(path)
+    if form is None:
+        return {"A": A, "B": B}
+    A, B = form.plain(A, B)
+    return {"A": A, "B": B, "form": form}
 
 
 def _sums_finite(tensor: Tensor) -> bool:
@@ -397,12 +413,13 @@ def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
     """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
     found: dict[str, Tensor] = {}
     for path, factors in value.factors.items():
+        A, B = factors.stored()
         if factors.kind == "embedding":
-            found[f"{PREFIX}{path}.lora_embedding_A"] = factors.A
-            found[f"{PREFIX}{path}.lora_embedding_B"] = factors.B
+            found[f"{PREFIX}{path}.lora_embedding_A"] = A
+            found[f"{PREFIX}{path}.lora_embedding_B"] = B
         else:
-            found[f"{PREFIX}{path}.lora_A.weight"] = factors.A
-            found[f"{PREFIX}{path}.lora_B.weight"] = factors.B
+            found[f"{PREFIX}{path}.lora_A.weight"] = A
+            found[f"{PREFIX}{path}.lora_B.weight"] = B
         found |= {f"{PREFIX}{path}.{EXTRAS[name].key}": tensor for name, tensor in factors.extras.items()}
     for name, tensor in (*value.biases.items(), *value.embeddings.items()):
         path, _, parameter = name.rpartition(".")

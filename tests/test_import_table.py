@@ -20,6 +20,7 @@ PACKAGE, PAGES = ROOT / "hf_lora", ROOT / "docs" / "pages"
 TABLE: dict[str, str] = {
     "errors": "",
     "extras": "",
+    "forms": "errors",
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
@@ -47,12 +48,12 @@ TABLE: dict[str, str] = {
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",
-    "banks": "extras functional state variants",
+    "banks": "extras forms functional state variants",
     "slots": "banks dropout functional fused routing rowmaps state variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
-    "values": "config errors extras",
+    "values": "config errors extras forms",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
@@ -62,8 +63,8 @@ TABLE: dict[str, str] = {
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors extras values",
-    "store": "config errors extras layout safefile values",
+    "layout": "config errors extras forms values",
+    "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
     "cardtext": "bases extras facts values",
@@ -72,8 +73,8 @@ TABLE: dict[str, str] = {
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
     "inits": "config errors fields initnames sharding targeting weights",
-    "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
+    "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
+    "fitting": "batches config errors extras forms layerinfo layers sharding state targeting values weights",
     "model": "config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
