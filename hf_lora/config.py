@@ -189,8 +189,8 @@ class LoRAConfig:
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
         kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
             gamma, the weights in `hf_lora.kasa_loss`; None is off.
-        use_bdlora: A or B is block-diagonal (BD-LoRA): {"nblocks": n, "target_modules_bd_a": […], "target_modules_bd_b":
-            […]}, lists of what layers' names hold; "match_strict": False leaves others plain. None is off.
+        use_bdlora: A or B is block-diagonal (BD-LoRA): {"nblocks": n, "target_modules_bd_a": […],
+            "target_modules_bd_b": […]}, lists of what layers' names hold; "match_strict": False leaves others plain.
         use_qalora: A reads the mean of each `qalora_group_size` inputs (QA-LoRA).
         qalora_group_size: see `use_qalora`.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.

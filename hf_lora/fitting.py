@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .batches import row_maps
 from .errors import LoRAMismatchError
 from .extras import EXTRAS
-from .forms import PooledA
 from .layerinfo import is_held, modules_of
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .sharding import whole
@@ -129,7 +128,7 @@ def unpooled(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterVa
     for path, pair in value.factors.items():
         info = describe_layer(modules[path]) if path in modules else None
         A, B = pair.stored()
-        if isinstance(pair.form, PooledA) and info is not None and info.in_features == A.shape[1]:
+        if pair.form is not None and pair.form.pooled and info is not None and info.in_features == A.shape[1]:
             changed[path] = dataclasses.replace(pair, A=A, B=B, form=None)
     return dataclasses.replace(value, factors={**value.factors, **changed}) if changed else value
 

@@ -1,4 +1,4 @@
-"""The form of a factor: how one that is stored, and trained, in a smaller shape stands for a plain A (R, in) or B (out, R).
+"""The form of a factor: how one that is stored, and trained, in a smaller shape stands for a plain A or B.
 
 A form is data about one layer's pair: the shapes of what is stored, and how it expands, differentiably. Everything but
 the Parameters and the files has the plain pair, so that routes, mixtures, merges and arithmetic know of no form.
@@ -9,169 +9,115 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .errors import LoRAConfigError
 
-__all__ = ["FORM_FIELDS", "BlockA", "BlockB", "Form", "PooledA", "form_of", "forms_asked"]
+__all__ = ["Form", "form_of", "forms_asked"]
 
 Shape = tuple[int, ...]
 
 
-class Form(Protocol):
-    """How a stored pair stands for a plain one.
+@dataclass(frozen=True)
+class Form:
+    """How a stored pair stands for a plain one, A (R, in) and B (out, R).
 
     Attributes:
-        field: the field of `LoRAConfig` that asks for it.
-        spread: what the plain kaiming bound of A is multiplied by at the start.
+        field: the field of `LoRAConfig` that asks for it. "use_bdlora": n equal blocks on the diagonal of a factor,
+            stored one below the other. "use_qalora": A reads the mean of each n inputs, times in/n, so that each
+            stored column stands for n equal ones.
+        side: which factor it is. It is stored with n times fewer columns.
+        n: see above.
     """
 
-    field: ClassVar[str]
-    spread: ClassVar[float]
+    field: str
+    side: Literal["A", "B"]
+    n: int
+
+    @property
+    def pooled(self) -> bool:
+        """Whether inputs are pooled."""
+        return self.field == "use_qalora"
+
+    @property
+    def spread(self) -> float:
+        """What the bound of a kaiming A is multiplied by: PEFT draws blocks within √(6/columns)."""
+        return math.sqrt(6) if self.field == "use_bdlora" and self.side == "A" else 1.0
 
     def factor(self, in_features: int) -> float:
-        """What the layer's scaling is multiplied by."""
-        ...
+        """What the layer's scaling is multiplied by: of means times in/n, where the plain A sums, in/n²."""
+        return (in_features // self.n) / self.n if self.pooled else 1.0
 
     def columns(self, in_features: int) -> int:
         """Columns of the stored A."""
-        ...
+        return in_features // self.n if self.side == "A" else in_features
 
     def whole(self, a: Shape, b: Shape) -> tuple[Shape, Shape]:
         """The shapes of the plain pair, from those of the stored one."""
-        ...
+        return ((a[0], a[1] * self.n), b) if self.side == "A" else (a, (b[0], b[1] * self.n))
 
     def problem(self, rank: int, in_features: int, out_features: int) -> str | None:
         """Why a layer of these sizes cannot have it."""
-        ...
-
-    def begun(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """The plain pair of A as it is stored and the plain B that an initialisation gave."""
-        ...
+        size = ("number of inputs", in_features) if self.side == "A" else ("number of outputs", out_features)
+        setting = "qalora_group_size" if self.pooled else "use_bdlora: nblocks"
+        for what, value in (size,) if self.pooled else (size, ("rank", rank)):
+            if value % self.n:
+                return f"{setting}={self.n} does not divide its {what}, {value}"
+        return None
 
     def stored(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The stored pair of a plain one, bit for bit."""
-        ...
+        pack, _ = _SHAPES[self.field]
+        return (pack(A, self.n), B) if self.side == "A" else (A, pack(B, self.n))
 
     def plain(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The plain pair of a stored one; differentiable."""
-        ...
+        _, unpack = _SHAPES[self.field]
+        return (unpack(A, self.n), B) if self.side == "A" else (A, unpack(B, self.n))
 
-
-@dataclass(frozen=True)
-class _Blocks:
-    """n equal blocks on the diagonal of a factor; stored one below the other, (rows, columns/n)."""
-
-    n: int
-
-    field: ClassVar[str] = "use_bdlora"
-    spread: ClassVar[float] = 1.0
-
-    def factor(self, in_features: int) -> float:
-        return 1.0
-
-    def _problem(self, rank: int, what: str, size: int) -> str | None:
-        for name, value in (("rank", rank), (what, size)):
-            if value % self.n:
-                return f"use_bdlora with nblocks={self.n} does not divide its {name}, {value}"
-        return None
-
-    def _stored(self, whole: Tensor) -> Tensor:
-        rows, columns = whole.shape
-        blocks = whole.view(self.n, rows // self.n, self.n, columns // self.n).diagonal(dim1=0, dim2=2)
-        return blocks.permute(2, 0, 1).reshape(rows, columns // self.n)
-
-    def _plain(self, blocks: Tensor) -> Tensor:
-        return torch.block_diag(*blocks.chunk(self.n)) if self.n > 1 else blocks
-
-
-class BlockA(_Blocks):
-    """BD-LoRA with A block-diagonal: stored (R, in/n)."""
-
-    spread: ClassVar[float] = math.sqrt(6)  # PEFT's blocks begin within √(6/columns), a plain A within √(1/columns)
-
-    def columns(self, in_features: int) -> int:
-        return in_features // self.n
-
-    def whole(self, a: Shape, b: Shape) -> tuple[Shape, Shape]:
-        return (a[0], a[1] * self.n), b
-
-    def problem(self, rank: int, in_features: int, out_features: int) -> str | None:
-        return self._problem(rank, "number of inputs", in_features)
+    def read(self, x: Tensor) -> Tensor | None:
+        """What a stored A reads, where that is narrower than x (..., in): the sums of n inputs each; else None."""
+        return x.unflatten(-1, (-1, self.n)).sum(-1) if self.pooled else None
 
     def begun(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self.plain(A, B)
-
-    def stored(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self._stored(A), B
-
-    def plain(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self._plain(A), B
+        """The plain pair of A as it is stored, and of a whole B, of which the form's part stays."""
+        return self.plain(*((A, B) if self.side == "A" else self.stored(A, B)))
 
 
-class BlockB(_Blocks):
-    """BD-LoRA with B block-diagonal: stored (out, R/n)."""
-
-    def columns(self, in_features: int) -> int:
-        return in_features
-
-    def whole(self, a: Shape, b: Shape) -> tuple[Shape, Shape]:
-        return a, (b[0], b[1] * self.n)
-
-    def problem(self, rank: int, in_features: int, out_features: int) -> str | None:
-        return self._problem(rank, "number of outputs", out_features)
-
-    def begun(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self.plain(*self.stored(A, B))
-
-    def stored(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return A, self._stored(B)
-
-    def plain(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return A, self._plain(B)
+def _blocks(whole: Tensor, n: int) -> Tensor:
+    rows, columns = whole.shape
+    found = whole.reshape(n, rows // n, n, columns // n).diagonal(dim1=0, dim2=2)
+    return found.permute(2, 0, 1).reshape(rows, columns // n)
 
 
-@dataclass(frozen=True)
-class PooledA:
-    """QA-LoRA: A reads the mean of each g inputs, times in/g: stored (R, in/g), each column standing for g equal ones."""
+def _on_diagonal(blocks: Tensor, n: int) -> Tensor:
+    return torch.block_diag(*blocks.chunk(n)) if n > 1 else blocks
 
-    g: int
 
-    field: ClassVar[str] = "use_qalora"
-    spread: ClassVar[float] = 1.0
+def _first_of_each(whole: Tensor, n: int) -> Tensor:
+    return whole[:, ::n].contiguous()
 
-    def factor(self, in_features: int) -> float:
-        return (in_features // self.g) / self.g
 
-    def columns(self, in_features: int) -> int:
-        return in_features // self.g
+def _repeated(pooled: Tensor, n: int) -> Tensor:
+    return pooled.repeat_interleave(n, dim=1)
 
-    def whole(self, a: Shape, b: Shape) -> tuple[Shape, Shape]:
-        return (a[0], a[1] * self.g), b
 
-    def problem(self, rank: int, in_features: int, out_features: int) -> str | None:
-        if in_features % self.g:
-            return f"qalora_group_size={self.g} does not divide its number of inputs, {in_features}"
-        return None
-
-    def begun(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self.plain(A, B)
-
-    def stored(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return A[:, :: self.g].contiguous(), B
-
-    def plain(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return A.repeat_interleave(self.g, dim=1), B
+_Change = Callable[[Tensor, int], Tensor]
+# From the whole factor to what is stored, and back.
+_SHAPES: Mapping[str, tuple[_Change, _Change]] = {
+    "use_bdlora": (_blocks, _on_diagonal),
+    "use_qalora": (_first_of_each, _repeated),
+}
 
 
 # ---- which layer has which -------------------------------------------------------------------------------------------
 
 
-def _blocks(config: Any, path: str) -> Form | None:
-    """As PEFT: the layer whose path holds one of the patterns, anywhere in it."""
+def _block_diagonal(config: Any, path: str) -> Form | None:
+    """As in PEFT: a layer whose path holds one of the patterns, anywhere in it."""
     given: Mapping[str, Any] = config.use_bdlora
     a, b = (
         any(pattern in path for pattern in given.get(key) or ())
@@ -189,20 +135,19 @@ def _blocks(config: Any, path: str) -> Form | None:
             else 'Name it in one of them; with "match_strict": False a layer that neither names is plain.',
         )
     n = given.get("nblocks", 1)
-    return BlockA(n) if a else BlockB(n) if b else None
+    return Form("use_bdlora", "A", n) if a else Form("use_bdlora", "B", n) if b else None
 
 
 def _pooled(config: Any, path: str) -> Form | None:
-    return PooledA(config.qalora_group_size)
+    return Form("use_qalora", "A", config.qalora_group_size)
 
 
 # By the field of `LoRAConfig` that asks for it.
-_OF: Mapping[str, Callable[[Any, str], Form | None]] = {"use_bdlora": _blocks, "use_qalora": _pooled}
-FORM_FIELDS = tuple(_OF)
+_OF: Mapping[str, Callable[[Any, str], Form | None]] = {"use_bdlora": _block_diagonal, "use_qalora": _pooled}
 
 
 def forms_asked(config: Any) -> tuple[str, ...]:
-    """The fields by which a config asks for a form."""
+    """The fields by which a config asks for forms; one at most."""
     return tuple(field for field in _OF if getattr(config, field) not in (None, False))
 
 

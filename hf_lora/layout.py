@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
-from .forms import Form, PooledA, form_of
+from .forms import Form, form_of
 from .values import AdapterValue, Block, Factors
 
 __all__ = [
@@ -210,7 +210,7 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
         (a_type, a), (b_type, b) = specs[pair["A"]], specs[pair["B"]]
         rank = plan.resolved[path][0]
         form = form_of(config, path)
-        if form is not None and not (pair["kind"] == "embedding" and isinstance(form, PooledA)):
+        if form is not None and not (pair["kind"] == "embedding" and form.pooled):
             plan.forms[path] = form
             if len(a) == len(b) == 2:
                 a, b = form.whole(a, b)

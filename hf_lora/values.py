@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
-from .forms import FORM_FIELDS, Form, PooledA, form_of
+from .forms import Form, form_of, forms_asked
 
 __all__ = ["AdapterValue", "Block", "Factors", "plain", "refuse_extras", "require_whole_linear"]
 
@@ -335,7 +335,7 @@ class AdapterValue:
         for path, pair in self.factors.items():
             want = form_of(self.config, path)
             # PEFT does not pool in layers that GPTQ did not quantise.
-            if pair.form != want and not (pair.form is None and isinstance(want, PooledA)):
+            if pair.form != want and not (pair.form is None and want is not None and want.pooled):
                 fields = [form.field for form in (pair.form, want) if form is not None]
                 raise LoRAMismatchError(
                     f"{path}: its factors are of the form {pair.form}, the config asks for {want}.",
@@ -444,7 +444,7 @@ def require_whole_linear(form: Form, kind: str, blocks: Sequence[Block]) -> None
 
 def plain(value: V) -> V:
     """The adapter with plain pairs that compute the same; itself if it has no others."""
-    if all(getattr(value.config, field) in (None, False) for field in FORM_FIELDS):
+    if not forms_asked(value.config):
         return value
     factors = {path: pair.plain() for path, pair in value.factors.items()}
     return dataclasses.replace(value, config=value.config.replace(use_bdlora=None, use_qalora=False), factors=factors)

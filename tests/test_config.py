@@ -73,7 +73,7 @@ def test_combinations():
         ("targt_modules", ["q"], "Did you mean target_modules?"),
         ("rank", 8, "rank_pattern"),
         ("lora_alfa", 8, "alpha"),
-        ("use_qalora", True, "does not compute"),
+        ("arrow_config", {}, "does not compute"),
         ("zzz", 1, "The fields are"),
     ],
 )
@@ -223,8 +223,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},
-        {"use_qalora": True},
-        {"use_bdlora": {"nblocks": 2}},
         {"monteclora_config": {"num_samples": 8}},
         {"arrow_config": {"top_k": 3}},
         {"ensure_weight_tying": True},

@@ -67,14 +67,14 @@ TABLE: dict[str, str] = {
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
-    "cardtext": "bases extras facts values",
+    "cardtext": "bases extras facts forms values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
     "inits": "config errors fields initnames sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras forms layerinfo layers sharding state targeting values weights",
+    "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
     "model": "config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
