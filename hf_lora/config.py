@@ -83,6 +83,7 @@ _OWN = {
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
+    "layer_replication": "layer_replication",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "modules_to_save": "modules_to_save",
@@ -198,6 +199,8 @@ class LoRAConfig:
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
         layers_to_transform: indices of the layers to adapt; needs `target_modules` to be a list.
         layers_pattern: name(s) of the list of layers that the indices count; needs `layers_to_transform`.
+        layer_replication: ranges [first, last + 1] of which the model's list of layers is made while the adapter is on
+            it; layers that repeat one share its weights, and have factors of their own.
         rank_pattern: exceptions to `r`, by a regular expression for the end of a module path.
         alpha_pattern: exceptions to `alpha`, likewise.
         modules_to_save: modules (heads) that are trained and saved whole.
@@ -236,6 +239,7 @@ class LoRAConfig:
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
@@ -263,6 +267,7 @@ class LoRAConfig:
         put("exclude_modules", fields.names_or_regex("exclude_modules", self.exclude_modules, empty=True))
         put("layers_to_transform", fields.layers(self.layers_to_transform))
         put("layers_pattern", fields.layer_names(self.layers_pattern))
+        put("layer_replication", fields.ranges("layer_replication", self.layer_replication))
         put("modules_to_save", fields.optional_names("modules_to_save", self.modules_to_save))
         put(
             "rank_pattern",
@@ -457,7 +462,7 @@ class LoRAConfig:
         for theirs, ours in _OWN.items():
             value = getattr(self, ours)
             if isinstance(value, tuple):
-                value = list(value)
+                value = [list(item) if isinstance(item, tuple) else item for item in value]
             elif isinstance(value, Mapping):
                 value = {key: list(i) if isinstance(i, tuple) else _number(i) for key, i in value.items()}
             written[theirs] = value

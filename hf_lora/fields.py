@@ -150,6 +150,20 @@ def layers(value: Any) -> int | tuple[int, ...] | None:
     return indices
 
 
+def ranges(name: str, value: Any) -> tuple[tuple[int, int], ...] | None:
+    """Pairs of whole numbers, the first smaller; None for no pairs."""
+    expected = "a list of ranges [first, last + 1], such as [[0, 4], [2, 5]]"
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise wrong(name, value, expected)
+    for pair in value:
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(type(number) is int for number in pair)
+        if not whole or not 0 <= pair[0] < pair[1]:
+            raise wrong(name, value, expected)
+    return tuple((first, stop) for first, stop in value) or None
+
+
 def layer_names(value: Any) -> str | tuple[str, ...] | None:
     """`layers_pattern`: a name, or names."""
     name = "layers_pattern"

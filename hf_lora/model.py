@@ -24,6 +24,7 @@ from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .replication import replicated, restore_layers
 from .routing import batch_of
 from .rowmaps import hook_row_maps, unhook_row_maps
 from .sharding import assign, refuse_sharded, reshard, whole
@@ -120,6 +121,19 @@ def add(
     if not isinstance(config, LoRAConfig):
         config = LoRAConfig.from_peft(config)
     config.require_supported(constructing=True)
+    with replicated(model, config.layer_replication, alone=state_of(model) is None):
+        return _add(model, config, name, active, trainable, replace, data)
+
+
+def _add(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    active: bool,
+    trainable: bool,
+    replace: bool,
+    data: Iterable[Any] | None,
+) -> Resolution:
     found = resolve(model, config)
     require_data(config, data)
     refuse_embeddings(config, found.targets)
@@ -185,6 +199,20 @@ def put(
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
     value.config.require_supported()
+    with replicated(model, value.config.layer_replication, alone=state_of(model) is None):
+        _put(model, value, name, trainable, replace, active, complete, finite)
+
+
+def _put(
+    model: nn.Module,
+    value: AdapterValue,
+    name: str,
+    trainable: bool,
+    replace: bool,
+    active: bool | None,
+    complete: bool,
+    finite: bool,
+) -> None:
     state, modules = state_of(model), modules_of(model)
     value = unpooled(value, modules)
     _require_putable(model, name, replace, state, modules)
@@ -483,6 +511,7 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     unhook_row_maps(model)
+    restore_layers(model)
 
 
 def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[str, nn.Module]) -> None:

@@ -16,7 +16,7 @@ from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
 from .forms import Form, form_of, forms_asked
 
-__all__ = ["AdapterValue", "Block", "Factors", "plain", "refuse_extras", "require_whole_linear"]
+__all__ = ["AdapterValue", "Block", "Factors", "plain", "refuse_extras", "refuse_replicated", "require_whole_linear"]
 
 
 @dataclass(frozen=True)
@@ -462,6 +462,19 @@ def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str]
                 value=True,
                 remedy="Put it on its base in memory and merge_lora(); extract_lora() of that model is a plain LoRA.",
             )
+
+
+def refuse_replicated(value: AdapterValue, what: str) -> None:
+    """Raise `LoRAUnsupportedError` if the adapter's layers are not those of the base, whose weights `what` takes."""
+    spans = value.config.layer_replication
+    if spans is not None:
+        raise LoRAUnsupportedError(
+            f"{what} is of the base's own layers, and this adapter has layer_replication={[list(s) for s in spans]}: "
+            "layers share weights there, and each has a change of its own.",
+            name="layer_replication",
+            value=spans,
+            remedy="Put it on its base in memory, and run it there.",
+        )
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:
