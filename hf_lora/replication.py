@@ -147,7 +147,7 @@ def _repeat(model: nn.Module, spans: Spans) -> None:
             remedy="A range is [first, last + 1].",
         )
     configs = list({id(c): c for c in (getattr(m, "config", None) for m in (owner, model)) if c is not None}.values())
-    settings = []
+    settings: list[tuple[Any, str, Any]] = []
     for config in configs:
         kinds = getattr(config, "layer_types", None)
         if isinstance(kinds, list) and len(set(kinds)) > 1:
@@ -175,7 +175,7 @@ def _repeat(model: nn.Module, spans: Spans) -> None:
     for replica, number in zip(layers, _order(spans), strict=True):
         for module, own in zip(replica.modules(), before[number].modules(), strict=True):
             module.training = own.training
-    vars(model)[_KEY] = _Replication(spans, owner, name, before, [(c, key, value) for c, key, value in settings])
+    vars(model)[_KEY] = _Replication(spans, owner, name, before, settings)
     setattr(owner, name, layers)
     for config, key, value in settings:
         setattr(config, key, len(layers) if key == "num_hidden_layers" else value[:1] * len(layers))

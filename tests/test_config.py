@@ -219,7 +219,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
             {"init_lora_weights": name}
             for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
         ],
-        {"layer_replication": [[0, 2]]},
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},
