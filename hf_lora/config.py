@@ -276,7 +276,7 @@ class LoRAConfig:
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
         put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
         put("use_bdlora", fields.block_diagonal(self.use_bdlora))
-        fields.integer("qalora_group_size", self.qalora_group_size, least=1)
+        fields.integer("qalora_group_size", self.qalora_group_size, least=2 if self.use_qalora else 1)
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 

@@ -6,6 +6,7 @@ A plan is made from names, dtypes and shapes alone, so that a file is judged bef
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,8 @@ _ENDINGS = {
     ".lora_embedding_B": ("embedding", "B"),
 }
 _EXTRA_ENDINGS = {f".{extra.key}{weight}": extra.name for extra in EXTRAS.values() for weight in ("", ".weight")}
+
+_MOST_GROWN = 128  # times that the plain factors of a file may be as large as those stored
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -230,7 +233,22 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
         elif a_type != b_type or not a_type.is_floating_point:
             problems.append(f"{path!r}: lora_A is {a_type}, lora_B {b_type}; both must have one floating dtype")
     _refuse_foreign(higher, source)
+    if plan.forms and not problems:
+        _check_growth(plan, specs, problems)
     _check_extras(config, plan, specs, problems)
+
+
+def _check_growth(plan: Plan, specs: Mapping[str, Spec], problems: list[str]) -> None:
+    """A file's settings say how large its factors become: nothing is allocated that is out of proportion to it."""
+    pairs = {path: (specs[pair["A"]][1], specs[pair["B"]][1]) for path, pair in plan.factors.items()}
+    held = sum(math.prod(shape) for pair in pairs.values() for shape in pair)
+    whole = [plan.forms[path].whole(*pair) if path in plan.forms else pair for path, pair in pairs.items()]
+    grown = sum(math.prod(shape) for pair in whole for shape in pair)
+    if grown > _MOST_GROWN * held:
+        field = next(iter(plan.forms.values())).field
+        problems.append(
+            f"{field}: factors of {held:,} numbers would become {grown:,}, over {_MOST_GROWN} times as many"
+        )
 
 
 def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], problems: list[str]) -> None:

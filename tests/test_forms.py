@@ -138,6 +138,8 @@ def test_the_plan_counts_what_trains(tiny):
     for variant in VARIANTS:
         found = hf_lora.plan(tiny("llama"), LoRAConfig(r=4, target_modules=TARGETS, **VARIANTS[variant]))
         assert found.trainable_parameters == COUNTS[variant]
+    with pytest.raises(LoRAUnsupportedError, match="use_bdlora"):
+        hf_lora.plan(tiny("llama"), LoRAConfig(target_modules=TARGETS, **VARIANTS["bd"]), budget=5000)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -356,6 +358,15 @@ def test_strict_files(tiny, tmp_path):
             tiny("llama").load_lora(tmp_path, name="x")
 
 
+def test_a_file_cannot_ask_for_much_more_than_it_holds(tiny, tmp_path):
+    made(tiny, "qa").save_lora(tmp_path)
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(load_file(path), path)
+    config.write_text(config.read_text().replace('"qalora_group_size": 8', '"qalora_group_size": 1000000000'))
+    with pytest.raises(LoRAFileError, match=r"use_qalora: factors of [0-9,]+ numbers would become"):
+        tiny("llama").load_lora(tmp_path, name="x")
+
+
 def test_match_strict_off_leaves_others_plain(tiny, batch, peft, tmp_path):
     blocks = {"nblocks": 4, "target_modules_bd_a": ["0.self_attn.o"], "match_strict": False}
     model = tiny("llama")
@@ -388,6 +399,7 @@ def test_match_strict_off_leaves_others_plain(tiny, batch, peft, tmp_path):
         ("llama", {"use_bdlora": {"blocks": 2}}, LoRAConfigError, "use_bdlora"),
         ("llama", {"use_bdlora": {"target_modules_bd_a": "q"}}, LoRAConfigError, "use_bdlora['target_modules_bd_a']"),
         ("llama", {"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q"]}}, LoRAConfigError, None),
+        ("llama", {"use_qalora": True, "qalora_group_size": 1}, LoRAConfigError, "qalora_group_size"),
         ("llama", {"qalora_group_size": 0}, LoRAConfigError, "qalora_group_size"),
     ],
 )
