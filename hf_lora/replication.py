@@ -146,6 +146,13 @@ def _repeat(model: nn.Module, spans: Spans) -> None:
             expected=f"ranges within 0 and {count}",
             remedy="A range is [first, last + 1].",
         )
+    if any(hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()) for module in before.modules()):
+        raise LoRAUnsupportedError(
+            "layer_replication cannot be used while layers are offloaded: each replica would hold the weights anew.",
+            name="layer_replication",
+            value=spans,
+            remedy="Load the base whole (device_map=None).",
+        )
     configs = list({id(c): c for c in (getattr(m, "config", None) for m in (owner, model)) if c is not None}.values())
     settings: list[tuple[Any, str, Any]] = []
     for config in configs:

@@ -344,6 +344,9 @@ def test_strict_files(tiny, tmp_path):
                 tiny("llama").load_lora(tmp_path, name="x")
     made(tiny, "bd").save_lora(tmp_path)
     text = config.read_text()
+    config.write_text(text.replace('"nblocks": 2', '"nblocks": 1'))
+    with pytest.raises(LoRAFileError, match="were not saved together"):
+        tiny("llama").load_lora(tmp_path, name="x")
     save_file(load_file(path), path)  # without the digest of its config, as PEFT writes it
     for old, new, match in (
         ('"nblocks": 2', '"nblocks": 3', "has rank 4"),

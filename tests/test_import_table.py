@@ -88,7 +88,7 @@ TABLE: dict[str, str] = {
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
-    "pool": "errors fitting hub loading model replication safefile state store switching values",
+    "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501

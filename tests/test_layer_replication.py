@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -177,6 +178,35 @@ def test_a_layer_that_was_left_out_moves_with_the_model(tiny, batch):
     model.remove_lora()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     logits(model, batch(model))
+
+
+def test_copies_pickles_and_new_tokens(tiny, batch):
+    model = made(tiny, target_modules=["q_proj", "embed_tokens"])
+    inputs = batch(model)
+    expected = logits(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, inputs), expected)
+        twin.remove_lora()
+        assert bits(twin) == bits(tiny("llama"))
+        assert len(model.model.layers) == 5
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 5
+    agrees(logits(model, inputs)[..., :64], expected)
+
+
+def test_a_pool_and_an_offloaded_base_refuse_it(tiny, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from hf_lora import LoRAPool
+    from hf_lora.errors import LoRAPoolError
+
+    made(tiny).save_lora(tmp_path)
+    model = tiny("llama")
+    with LoRAPool(model) as pool, pytest.raises(LoRAPoolError, match="layer_replication"), pool.use(str(tmp_path)):
+        pass
+    assert len(model.model.layers) == 2
+    accelerate.cpu_offload(model)
+    with pytest.raises(LoRAUnsupportedError, match="while layers are offloaded"):
+        model.load_lora(tmp_path, name="x")
 
 
 def test_what_cannot_be_is_refused_and_nothing_changes(tiny, batch, tmp_path):

@@ -10,9 +10,7 @@ from torch import nn
 
 from .. import model as placing
 from ..errors import LoRAError, LoRAStateError
-from ..replication import replication_of
 from ..state import Entry
-from ..values import refuse_replicated
 from .hostcache import Held
 from .refusals import as_ours, closed, full
 from .tiers import Resident, Tiers
@@ -77,8 +75,6 @@ class Placer:
                     self.remove(adapter_id)
                     old = None
                 if self._make_room(adapter_id):
-                    if held.value.config.layer_replication != replication_of(self.model):
-                        refuse_replicated(held.value, "A pool's model")
                     placing.put(self.model, held.value, adapter_id, active=False)
                     entry = placing.require(self.model).entry(adapter_id)
         except BaseException as failure:  # noqa: BLE001  # whatever it is, its requests hear of it
