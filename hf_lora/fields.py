@@ -223,6 +223,10 @@ def require_apart(config: Mapping[str, Any]) -> None:
     pairs = [*_APART]
     if (config["use_bdlora"] or {}).get("target_modules_bd_b"):
         pairs.append(("lora_bias", "use_bdlora", "in PEFT a block-diagonal B has no bias"))
+    if config["bias"] != "none":
+        pairs.append(
+            ("layer_replication", "bias", "layers that repeat one share its bias, which would train once for all")
+        )
     for one, other, why in pairs:
         if all(config[name] not in (None, False) for name in (one, other)):
             raise LoRAConfigError(

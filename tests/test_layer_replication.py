@@ -254,3 +254,6 @@ def test_what_cannot_be_is_refused_and_nothing_changes(tiny, batch, tmp_path):
         with pytest.raises(LoRAConfigError, match="layer_replication"):
             LoRAConfig(layer_replication=bad)
     assert LoRAConfig(layer_replication=[]).layer_replication is None
+    for bias in ("all", "lora_only"):
+        with pytest.raises(LoRAConfigError, match="layer_replication cannot be combined with bias"):
+            LoRAConfig(layer_replication=SPANS, bias=bias)
