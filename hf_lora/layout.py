@@ -19,7 +19,7 @@ from torch import Tensor
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
-from .forms import Form, form_of
+from .forms import Form, form_of, forms_asked
 from .values import AdapterValue, Block, Factors
 
 __all__ = [
@@ -205,6 +205,7 @@ def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
 def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
     higher: dict[str, str] = {}
     plan.resolved = config.resolve(plan.factors)
+    formed = bool(forms_asked(config))
     for path, pair in plan.factors.items():
         if "A" not in pair or "B" not in pair:
             has, lacks = ("A", "B") if "A" in pair else ("B", "A")
@@ -212,7 +213,7 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
             continue
         (a_type, a), (b_type, b) = specs[pair["A"]], specs[pair["B"]]
         rank = plan.resolved[path][0]
-        form = form_of(config, path)
+        form = form_of(config, path) if formed else None
         if form is not None and not (pair["kind"] == "embedding" and form.pooled):
             plan.forms[path] = form
             if len(a) == len(b) == 2:

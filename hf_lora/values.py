@@ -332,8 +332,9 @@ class AdapterValue:
                     value=sorted(pair.extras),
                     expected=sorted(asked),
                 )
+        formed = bool(forms_asked(self.config))
         for path, pair in self.factors.items():
-            want = form_of(self.config, path)
+            want = form_of(self.config, path) if formed else None
             # PEFT does not pool in layers that GPTQ did not quantise.
             if pair.form != want and not (pair.form is None and want is not None and want.pooled):
                 fields = [form.field for form in (pair.form, want) if form is not None]
