@@ -56,6 +56,7 @@ def check_adapters(adapters: Any, *, force: bool) -> None:
         refuse_extras(adapter, "A combination")
     check_finite({f"adapter {i}, {path}": f for i, one in enumerate(adapters) for path, f in one.factors.items()})
     _check_shapes(adapters)
+    _check_layers(adapters)
     if not force:
         _check_base(adapters)
 
@@ -121,6 +122,19 @@ def _check_shapes(adapters: Sequence[AdapterValue]) -> None:
             facts=problems,
             remedy="Combine adapters of the same base model.",
         )
+
+
+def _check_layers(adapters: Sequence[AdapterValue]) -> None:
+    spans = [adapter.config.layer_replication for adapter in adapters]
+    for number, other in enumerate(spans):
+        if other != spans[0]:
+            raise LoRAMismatchError(
+                f"Adapter 0 has layer_replication={spans[0]}, adapter {number} {other}: layers differ.",
+                name="layer_replication",
+                value=other,
+                expected=spans[0],
+                remedy="Combine adapters of the same layers.",
+            )
 
 
 def _shape(pair: Factors) -> str:

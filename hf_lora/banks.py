@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .extras import EXTRAS
+from .forms import Form
 from .state import LoRAState
 from .variants import Base, Effect, effect_of
 
@@ -34,10 +35,13 @@ class Slot:
     extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
     anchored: bool = False  # whether the second half of each block's rank never trains: what the pair began as, negated
     still: tuple[str, ...] = ()  # "A" or "B": the factor of a trainable adapter that stays as it began
+    form: Form | None = None  # in which smaller shape a trainable pair is held
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
 
     def parts(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """The Parameters, by name, that hold A (R, in) and B (out, R), or compact (rows, r)."""
+        """The Parameters, by name, that hold A (R, in) and B (out, R), or compact (rows, r); of its form's shapes."""
+        if self.form is not None:
+            A, B = self.form.stored(A, B)
         if not self.anchored:
             return {"A": A, "B": B}
         n = max(len(self.blocks), 1)
@@ -77,6 +81,8 @@ class LoRABanks(nn.Module):
 
     A trainable adapter that is anchored has the half of its rank that trains in `A<slot>` and `B<slot>`, and the other
     in frozen Parameters `start_A<slot>` and `start_B<slot>`: Parameters, since DDP hands them to every process.
+
+    One whose pair has a form has Parameters of the form's shapes; the banks hold what they stand for.
 
     A variant's vectors are Parameters `<name><slot>` while they train. Frozen, they are folded: into B, into
     `bank_bias`, and into `bank_gain` (slots, out), what the layer's output is multiplied by, less 1.
@@ -277,7 +283,7 @@ class LoRABanks(nn.Module):
         slot = self.slots[index]
         A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
         if not slot.anchored:
-            return A, B
+            return (A, B) if slot.form is None else slot.form.plain(A, B)
         start_A, start_B = (of(key, getattr(self, key)) for key in (f"start_A{index}", f"start_B{index}"))
         return slot.joined(*(slot.learned(A, B, start_A, start_B) if learned else (A, B, start_A, start_B)))
 

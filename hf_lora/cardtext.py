@@ -16,6 +16,7 @@ from typing import Any
 from .bases import is_hub_id, is_local_path
 from .extras import EXTRAS, asked_for
 from .facts import RunFacts
+from .forms import forms_asked
 from .values import AdapterValue
 
 __all__ = ["AdapterFacts", "escape", "facts_of", "index"]
@@ -217,7 +218,7 @@ class AdapterFacts:
         fits = next((most for most in _VLLM_RANKS if most >= rank), None)
         if self.task[1] != "text-generation":
             return []
-        if value.biases or value.modules or asked_for(value.config) or fits is None:
+        if value.biases or value.modules or asked_for(value.config) or forms_asked(value.config) or fits is None:
             return ["vLLM does not serve it as a LoRA: it holds more than factors of up to rank 512. Merge it first."]
         where, fetch = self.repo_id, ""
         if self.subfolder:
@@ -230,7 +231,8 @@ class AdapterFacts:
     def _config(self) -> str:
         value, config = self.value, self.value.config
         factors = list(value.factors.values())
-        targets, extras = config.target_modules, asked_for(config)
+        targets = config.target_modules
+        variants = [*(EXTRAS[name].field for name in asked_for(config)), *forms_asked(config)]
         shown = ", ".join(map(code, targets)) if isinstance(targets, (list, tuple)) else code(targets or "by default")
         ranks = set(config.resolve(value.factors).values()) or {(config.r, config.alpha or config.r)}
         rows = [
@@ -240,7 +242,7 @@ class AdapterFacts:
             ["scaling", f"{_range(f.scaling for f in factors)} ({'α/√r' if config.use_rslora else 'α/r'})"],
             ["target modules", shown],
             ["layers", str(len(factors))],
-            *([["variants", ", ".join(code(EXTRAS[name].field) for name in extras)]] if extras else []),
+            *([["variants", ", ".join(map(code, variants))]] if variants else []),
             ["dropout", _number(config.dropout)],
             ["biases trained", code(config.bias)],
             ["modules trained whole", ", ".join(map(code, sorted(value.modules))) or "none"],

@@ -76,10 +76,14 @@ _OWN = {
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
     "kasa_config": "kasa_config",
+    "use_bdlora": "use_bdlora",
+    "use_qalora": "use_qalora",
+    "qalora_group_size": "qalora_group_size",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
+    "layer_replication": "layer_replication",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "modules_to_save": "modules_to_save",
@@ -105,7 +109,6 @@ _NEUTRAL = frozenset(
         "megatron_config",
         "megatron_core",
         "merge_weights",
-        "qalora_group_size",
     }
 )
 # Change gradients or losses but not the forward pass: refused when an adapter is constructed, not when one is read.
@@ -187,11 +190,17 @@ class LoRAConfig:
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
         kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
             gamma, the weights in `hf_lora.kasa_loss`; None is off.
+        use_bdlora: A or B is block-diagonal (BD-LoRA): {"nblocks": n, "target_modules_bd_a": […],
+            "target_modules_bd_b": […]}, lists of what layers' names hold; "match_strict": False leaves others plain.
+        use_qalora: A reads the mean of each `qalora_group_size` inputs (QA-LoRA).
+        qalora_group_size: see `use_qalora`.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
         layers_to_transform: indices of the layers to adapt; needs `target_modules` to be a list.
         layers_pattern: name(s) of the list of layers that the indices count; needs `layers_to_transform`.
+        layer_replication: ranges [first, last + 1] of which the model's list of layers is made while the adapter is on
+            it; layers that repeat one share its weights, and have factors of their own.
         rank_pattern: exceptions to `r`, by a regular expression for the end of a module path.
         alpha_pattern: exceptions to `alpha`, likewise.
         modules_to_save: modules (heads) that are trained and saved whole.
@@ -210,7 +219,8 @@ class LoRAConfig:
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
     (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
-    2024 (arXiv:2412.06071).
+    2024 (arXiv:2412.06071); BD-LoRA: Wang et al. 2025 (arXiv:2510.23346); QA-LoRA: Xu et al. 2023
+    (arXiv:2309.14717).
     """
 
     r: int = 8
@@ -221,11 +231,15 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     kasa_config: Mapping[str, float] | None = None
+    use_bdlora: Mapping[str, Any] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
@@ -242,7 +256,7 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "use_dora", "lora_bias", "freeze_a", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "freeze_a", "fan_in_fan_out"):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
         initnames.check(self.init)
@@ -253,6 +267,7 @@ class LoRAConfig:
         put("exclude_modules", fields.names_or_regex("exclude_modules", self.exclude_modules, empty=True))
         put("layers_to_transform", fields.layers(self.layers_to_transform))
         put("layers_pattern", fields.layer_names(self.layers_pattern))
+        put("layer_replication", fields.ranges("layer_replication", self.layer_replication))
         put("modules_to_save", fields.optional_names("modules_to_save", self.modules_to_save))
         put(
             "rank_pattern",
@@ -260,10 +275,13 @@ class LoRAConfig:
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
         put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
+        put("use_bdlora", fields.block_diagonal(self.use_bdlora))
+        fields.integer("qalora_group_size", self.qalora_group_size, least=2 if self.use_qalora else 1)
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        fields.require_apart(vars(self))
         if self.kasa_config is not None and self.use_dora:
             raise LoRAConfigError(
                 "kasa_config cannot be combined with use_dora=True: neither says which weight the magnitudes are of.",
@@ -366,7 +384,7 @@ class LoRAConfig:
         found = self.unsupported(constructing=constructing)
         if not found:
             if constructing:
-                initnames.require_together(self.init, {"freeze_a": self.freeze_a, "kasa_config": self.kasa_config})
+                initnames.require_together(self.init, {name: getattr(self, name) for name in initnames.APART})
             return
         names = ", ".join(f"{name}={value!r}" for name, value in found.items())
         remedies = [_REMEDIES[name] for name in found if name in _REMEDIES]
@@ -444,9 +462,9 @@ class LoRAConfig:
         for theirs, ours in _OWN.items():
             value = getattr(self, ours)
             if isinstance(value, tuple):
-                value = list(value)
+                value = [list(item) if isinstance(item, tuple) else item for item in value]
             elif isinstance(value, Mapping):
-                value = {key: _number(item) for key, item in value.items()}
+                value = {key: list(i) if isinstance(i, tuple) else _number(i) for key, i in value.items()}
             written[theirs] = value
         for name in ("target_modules", "exclude_modules"):
             if isinstance(written[name], list):

@@ -150,6 +150,20 @@ def layers(value: Any) -> int | tuple[int, ...] | None:
     return indices
 
 
+def ranges(name: str, value: Any) -> tuple[tuple[int, int], ...] | None:
+    """Pairs of whole numbers, the first smaller; None for no pairs."""
+    expected = "a list of ranges [first, last + 1], such as [[0, 4], [2, 5]]"
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise wrong(name, value, expected)
+    for pair in value:
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(type(number) is int for number in pair)
+        if not whole or not 0 <= pair[0] < pair[1]:
+            raise wrong(name, value, expected)
+    return tuple((first, stop) for first, stop in value) or None
+
+
 def layer_names(value: Any) -> str | tuple[str, ...] | None:
     """`layers_pattern`: a name, or names."""
     name = "layers_pattern"
@@ -174,6 +188,54 @@ def numbers(name: str, value: Any, keys: tuple[str, ...]) -> FrozenMapping[str, 
         if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item < float("inf"):
             raise wrong(name, dict(value), expected)
     return FrozenMapping(value)
+
+
+def block_diagonal(value: Any) -> FrozenMapping[str, Any] | None:
+    """`use_bdlora`: None, or a read-only map of PEFT's four settings, lists as tuples."""
+    name = "use_bdlora"
+    if value is None:
+        return None
+    lists = ("target_modules_bd_a", "target_modules_bd_b")
+    if not isinstance(value, Mapping) or not set(value) <= {*lists, "nblocks", "match_strict"}:
+        raise wrong(name, value, f"a mapping of {lists[0]}, {lists[1]}, nblocks and match_strict")
+    found = dict(value)
+    for key in lists:
+        if found.get(key) is not None:
+            found[key] = optional_names(f"{name}[{key!r}]", found[key])
+    both = sorted(set(found.get(lists[0]) or ()) & set(found.get(lists[1]) or ()))
+    if both:
+        raise wrong(name, dict(value), f"a mapping that has {', '.join(map(repr, both))} in one of its lists")
+    integer(f"{name}['nblocks']", found.get("nblocks", 1), least=1)
+    boolean(f"{name}['match_strict']", found.get("match_strict", True))
+    return FrozenMapping(found)
+
+
+# Fields that have no meaning together, and why.
+_APART = (
+    ("use_bdlora", "use_qalora", "neither says of which form A is"),
+    ("use_bdlora", "kasa_config", "its loss compares A and B with singular vectors, which blocks cannot be"),
+    ("use_qalora", "kasa_config", "its loss compares A with singular vectors, which pooled inputs do not give"),
+)
+
+
+def require_apart(config: Mapping[str, Any]) -> None:
+    """Raise `LoRAConfigError` if two fields are set that have no meaning together."""
+    pairs = [*_APART]
+    if (config["use_bdlora"] or {}).get("target_modules_bd_b"):
+        pairs.append(("lora_bias", "use_bdlora", "in PEFT a block-diagonal B has no bias"))
+    if config["bias"] != "none":
+        pairs.append(
+            ("layer_replication", "bias", "layers that repeat one share its bias, which would train once for all")
+        )
+    for one, other, why in pairs:
+        if all(config[name] not in (None, False) for name in (one, other)):
+            raise LoRAConfigError(
+                f"{one} cannot be combined with {other}: {why}.",
+                name=one,
+                value=config[one],
+                facts=[f"{name}={config[name]!r}" for name in (one, other)],
+                remedy="Leave one of them out.",
+            )
 
 
 def pattern_map(name: str, value: Any, check: Callable[[str, Any], T]) -> FrozenMapping[str, T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .targeting import LayerInfo, describe_layer, resolve
 from .values import AdapterValue
 from .weights import compute_dtype, is_dense, materialised
 
-__all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state", "weight_problem"]
+__all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state", "unpooled", "weight_problem"]
 
 _MOST_NAMED = 64  # kinds of adapters (sets of targets) of which a model remembers what they name
 
@@ -114,6 +115,22 @@ def make_plan(
         )
     fresh = [*infos, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
     return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {})
+
+
+def unpooled(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterValue:
+    """The value with a plain pair for each layer of the width that the stored A of a pooled pair has.
+
+    PEFT pools the inputs of a layer that GPTQ quantised, and of no other; a file does not say which those were.
+    """
+    if not value.config.use_qalora:
+        return value
+    changed = {}
+    for path, pair in value.factors.items():
+        info = describe_layer(modules[path]) if path in modules else None
+        A, B = pair.stored()
+        if pair.form is not None and pair.form.pooled and info is not None and info.in_features == A.shape[1]:
+            changed[path] = dataclasses.replace(pair, A=A, B=B, form=None)
+    return dataclasses.replace(value, factors={**value.factors, **changed}) if changed else value
 
 
 def _not_finite(value: AdapterValue) -> list[str]:

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from .config import LoRAConfig
-from .errors import LoRAUnsupportedError
+from .errors import LoRAConfigError, LoRAUnsupportedError
 from .extras import asked_for
 from .fitting import adds_bias, base_state, weight_problem
+from .forms import Form, form_of
 from .inits import INITS, Layer
 from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
-from .values import AdapterValue, Block, Factors
+from .values import AdapterValue, Block, Factors, require_whole_linear
 from .variants import Base, initial_extras
 from .weights import compute_dtype, dense_weight, device_of, materialised
 
@@ -45,6 +46,9 @@ def initial_value(
         device = torch.device("meta") if device_of(module).type == "meta" else torch.device("cpu")
         kind = target.info.kind
         blocks = tuple(Block(role, rows) for role, rows in target.blocks)
+        form = form_of(config, target.path)
+        if form is not None:
+            _require_form(form, target, blocks)
         n, r = max(len(blocks), 1), target.rank * (2 if init.anchored else 1)
         A = torch.empty(n * r, target.info.in_features, dtype=dtype, device=device)
         B = torch.zeros(target.info.out_features, n * r, dtype=dtype, device=device)
@@ -53,7 +57,7 @@ def initial_value(
             rows = blocks[i].index() if blocks else torch.arange(target.info.out_features)
             layer = Layer(
                 target.path,
-                target.info.in_features,
+                target.info.in_features if form is None else form.columns(target.info.in_features),
                 len(rows),
                 target.rank,
                 target.alpha / (math.sqrt(target.rank) if config.use_rslora else target.rank),
@@ -64,6 +68,8 @@ def initial_value(
                 None if seen is None else seen[target.path],
             )
             a, b = init.pair(layer, config.init_settings)
+            if form is not None:
+                a, b = form.begun(a * form.spread if config.init == "kaiming" else a, b)
             A[i * r : (i + 1) * r] = torch.cat([a, a]) if init.anchored else a
             B[rows, i * r : (i + 1) * r] = (torch.cat([b, -b], 1) if init.anchored else b).to(device)
         alpha = target.alpha * _times(n * r // target.rank, config)
@@ -75,6 +81,7 @@ def initial_value(
             config.use_rslora,
             blocks,
             anchored=init.anchored,
+            form=form,
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
     if init.anchored:
@@ -118,6 +125,18 @@ def refuse_embeddings(config: LoRAConfig, targets: Iterable[Target]) -> None:
             name=found[0],
             value=config.init,
             remedy="Leave the embedding out of target_modules, or begin another way.",
+        )
+
+
+def _require_form(form: Form, target: Target, blocks: tuple[Block, ...]) -> None:
+    require_whole_linear(form, target.info.kind, blocks)
+    problem = form.problem(target.rank, target.info.in_features, target.info.out_features)
+    if problem is not None:
+        raise LoRAConfigError(
+            f"{target.path}: {problem}.",
+            name=form.field,
+            value=form,
+            remedy="Choose a number that divides it, or leave the layer out of target_modules.",
         )
 
 

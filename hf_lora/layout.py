@@ -6,6 +6,7 @@ A plan is made from names, dtypes and shapes alone, so that a file is judged bef
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
+from .forms import Form, form_of, forms_asked
 from .values import AdapterValue, Block, Factors
 
 __all__ = [
@@ -69,6 +71,8 @@ _ENDINGS = {
 }
 _EXTRA_ENDINGS = {f".{extra.key}{weight}": extra.name for extra in EXTRAS.values() for weight in ("", ".weight")}
 
+_MOST_GROWN = 128  # times that the plain factors of a file may be as large as those stored
+
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -84,6 +88,7 @@ class Plan:
     twins: dict[str, str] = field(default_factory=dict)  # name -> name of a tensor that must be equal
     unused: list[str] = field(default_factory=list)  # names of the base's own tensors that the adapter replaces
     resolved: dict[str, tuple[int, float]] = field(default_factory=dict)  # path -> (rank, alpha)
+    forms: dict[str, Form] = field(default_factory=dict)  # of those that are not stored whole
 
 
 def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Plan:
@@ -200,6 +205,7 @@ def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
 def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
     higher: dict[str, str] = {}
     plan.resolved = config.resolve(plan.factors)
+    formed = bool(forms_asked(config))
     for path, pair in plan.factors.items():
         if "A" not in pair or "B" not in pair:
             has, lacks = ("A", "B") if "A" in pair else ("B", "A")
@@ -207,6 +213,11 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
             continue
         (a_type, a), (b_type, b) = specs[pair["A"]], specs[pair["B"]]
         rank = plan.resolved[path][0]
+        form = form_of(config, path) if formed else None
+        if form is not None and not (pair["kind"] == "embedding" and form.pooled):
+            plan.forms[path] = form
+            if len(a) == len(b) == 2:
+                a, b = form.whole(a, b)
         if len(a) != 2 or len(b) != 2:
             if len(a) > 2 and len(a) == len(b):
                 higher[pair["A"]] = f"a convolution's factors, shape {list(a)}"
@@ -223,7 +234,22 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
         elif a_type != b_type or not a_type.is_floating_point:
             problems.append(f"{path!r}: lora_A is {a_type}, lora_B {b_type}; both must have one floating dtype")
     _refuse_foreign(higher, source)
+    if plan.forms and not problems:
+        _check_growth(plan, specs, problems)
     _check_extras(config, plan, specs, problems)
+
+
+def _check_growth(plan: Plan, specs: Mapping[str, Spec], problems: list[str]) -> None:
+    """A file's settings say how large its factors become: nothing is allocated that is out of proportion to it."""
+    pairs = {path: (specs[pair["A"]][1], specs[pair["B"]][1]) for path, pair in plan.factors.items()}
+    held = sum(math.prod(shape) for pair in pairs.values() for shape in pair)
+    whole = [plan.forms[path].whole(*pair) if path in plan.forms else pair for path, pair in pairs.items()]
+    grown = sum(math.prod(shape) for pair in whole for shape in pair)
+    if grown > _MOST_GROWN * held:
+        field = next(iter(plan.forms.values())).field
+        problems.append(
+            f"{field}: factors of {held:,} numbers would become {grown:,}, over {_MOST_GROWN} times as many"
+        )
 
 
 def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], problems: list[str]) -> None:
@@ -325,8 +351,7 @@ def assemble(
         factors = {
             path: Factors(
                 kind="embedding" if pair["kind"] == "embedding" else "linear",
-                A=tensors[pair["A"]],
-                B=tensors[pair["B"]],
+                **_pair(plan, path, tensors),
                 alpha=plan.resolved[path][1],
                 use_rslora=config.use_rslora,
                 blocks=blocks.get(path, ()),
@@ -343,6 +368,16 @@ def assemble(
         )
     except LoRAError as error:
         raise LoRAFileError(f"{source}: {error.message}", name=error.name, value=error.value) from error
+
+
+def _pair(plan: Plan, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A and B whole, and their form."""
+    A, B = (tensors[plan.factors[path][part]] for part in ("A", "B"))
+    form = plan.forms.get(path)
+    if form is None:
+        return {"A": A, "B": B}
+    A, B = form.plain(A, B)
+    return {"A": A, "B": B, "form": form}
 
 
 def _sums_finite(tensor: Tensor) -> bool:
@@ -397,12 +432,13 @@ def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
     """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
     found: dict[str, Tensor] = {}
     for path, factors in value.factors.items():
+        A, B = factors.stored()
         if factors.kind == "embedding":
-            found[f"{PREFIX}{path}.lora_embedding_A"] = factors.A
-            found[f"{PREFIX}{path}.lora_embedding_B"] = factors.B
+            found[f"{PREFIX}{path}.lora_embedding_A"] = A
+            found[f"{PREFIX}{path}.lora_embedding_B"] = B
         else:
-            found[f"{PREFIX}{path}.lora_A.weight"] = factors.A
-            found[f"{PREFIX}{path}.lora_B.weight"] = factors.B
+            found[f"{PREFIX}{path}.lora_A.weight"] = A
+            found[f"{PREFIX}{path}.lora_B.weight"] = B
         found |= {f"{PREFIX}{path}.{EXTRAS[name].key}": tensor for name, tensor in factors.extras.items()}
     for name, tensor in (*value.biases.items(), *value.embeddings.items()):
         path, _, parameter = name.rpartition(".")

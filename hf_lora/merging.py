@@ -20,6 +20,7 @@ from .extras import EXTRAS
 from .layerinfo import is_held
 from .layers import LoRAHead
 from .model import effect_on, read, require
+from .replication import require_plain
 from .sharding import refuse_sharded
 from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
@@ -121,6 +122,7 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
 
 def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str) -> Merged:
     state = require(model)
+    require_plain(model, verb)
     remedy = "save_lora(), and merge where the base is whole, in one process."
     refuse_sharded(model, f"{verb}() cannot be used", remedy, zero3=True)
     with state.lock:

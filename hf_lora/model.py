@@ -19,11 +19,12 @@ from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .extras import EXTRAS
 from .facts import RunFacts
-from .fitting import Plan, head_problems, make_plan
+from .fitting import Plan, head_problems, make_plan, unpooled
 from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .replication import replicated, restore_layers
 from .routing import batch_of
 from .rowmaps import hook_row_maps, unhook_row_maps
 from .sharding import assign, refuse_sharded, reshard, whole
@@ -120,6 +121,19 @@ def add(
     if not isinstance(config, LoRAConfig):
         config = LoRAConfig.from_peft(config)
     config.require_supported(constructing=True)
+    with replicated(model, config.layer_replication, alone=state_of(model) is None):
+        return _add(model, config, name, active, trainable, replace, data)
+
+
+def _add(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    active: bool,
+    trainable: bool,
+    replace: bool,
+    data: Iterable[Any] | None,
+) -> Resolution:
     found = resolve(model, config)
     require_data(config, data)
     refuse_embeddings(config, found.targets)
@@ -185,7 +199,22 @@ def put(
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
     value.config.require_supported()
+    with replicated(model, value.config.layer_replication, alone=state_of(model) is None):
+        _put(model, value, name, trainable, replace, active, complete, finite)
+
+
+def _put(
+    model: nn.Module,
+    value: AdapterValue,
+    name: str,
+    trainable: bool,
+    replace: bool,
+    active: bool | None,
+    complete: bool,
+    finite: bool,
+) -> None:
     state, modules = state_of(model), modules_of(model)
+    value = unpooled(value, modules)
     _require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
@@ -302,6 +331,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
             anchored=factors.anchored,
+            form=factors.form,
             still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
         A, B, extras = factors.A, factors.B, factors.extras
@@ -481,6 +511,7 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     unhook_row_maps(model)
+    restore_layers(model)
 
 
 def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[str, nn.Module]) -> None:
@@ -562,7 +593,7 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
         rslora = resident.config.use_rslora
         A, B = pair
-        factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, anchored=slot.anchored)  # type: ignore[arg-type]
+        factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, slot.anchored, slot.form)  # type: ignore[arg-type]
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -598,6 +629,7 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
         LoRAMismatchError: a value is not of the same layers, ranks, biases and heads.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    values = {name: unpooled(value, modules) for name, value in values.items()}
     for name, value in values.items():
         problems = _refill_problems(read(model, name), value, modules)
         if problems:
@@ -625,6 +657,8 @@ def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[s
             problems.append(f"{path}: rank or slices differ ({other.rank} in the file, {mine.rank} on the model)")
         elif mine.extras.keys() != other.extras.keys():
             problems.append(f"{path}: {sorted(other.extras)} in the file, {sorted(mine.extras)} on the model")
+        elif mine.form != other.form:
+            problems.append(f"{path}: of the form {other.form} in the file, {mine.form} on the model")
         elif mine.scaling != other.scaling:
             problems.append(f"{path}: scaling {other.scaling} in the file, {mine.scaling} on the model")
     for what in ("biases", "modules"):

@@ -82,6 +82,8 @@ class LoRASlots(LoRABanks):
             if slot is not None:
                 if found is not None or not slot.trainable or not slot.rank or slot.bias or slot.extras:
                     return None
+                if slot.form is not None and slot.form.pooled:  # what it keeps for the backward is narrower than x
+                    return None
                 found = entry.slot, slot, weight
         if found is None:
             return None
@@ -171,12 +173,25 @@ class LoRASlots(LoRABanks):
 
     def _delta(self, x: Tensor, output: Tensor, base: nn.Module, index: int, dropout: float) -> Tensor:
         dtype = output.dtype if self.kind == "embedding" else x.dtype  # the factors are cast, never the activations
+        narrow = self._narrow_delta(x, index, dropout) if self.training else None
+        if narrow is not None:
+            return narrow
         A, B = self.factors(index, dtype)
         if dropout and self.slots[index].extra_rank:
             rank = self.slots[index].rank
             kept = self._scaled_delta(x, A[rank:], B[:, rank:], base, 0.0)
             return kept + self._scaled_delta(x, A[:rank], B[:, :rank], base, dropout)
         return self._scaled_delta(x, A, B, base, dropout)
+
+    def _narrow_delta(self, x: Tensor, index: int, dropout: float) -> Tensor | None:
+        """The delta of a trainable adapter whose stored A reads less than x."""
+        slot = self.slots[index]
+        form = slot.form if slot.trainable else None
+        read = None if form is None else form.read(dropped_out(x, dropout) if dropout else x)
+        if read is None:
+            return None
+        A, B = (self.get_parameter(f"{name}{index}") for name in ("A", "B"))
+        return functional.low_rank(read, A.to(x.dtype), (B * slot.scaling).to(x.dtype))
 
     def _scaled_delta(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, dropout: float) -> Tensor:
         padding = getattr(base, "padding_idx", None)

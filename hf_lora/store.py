@@ -25,6 +25,7 @@ from . import layout, safefile
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError
 from .extras import asked_for
+from .forms import forms_asked
 from .layout import from_state_dict, to_state_dict
 from .values import AdapterValue
 
@@ -197,6 +198,12 @@ def _digest(config: LoRAConfig) -> str:
     extras = asked_for(config)
     if extras:  # a plain adapter's digest stays what it was
         computed["extras"] = extras
+    forms = forms_asked(config)
+    if forms:
+        written = config.to_peft()
+        computed["forms"] = {name: written[name] for name in (*forms, "qalora_group_size")}
+    if config.layer_replication is not None:
+        computed["layer_replication"] = config.layer_replication
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
 
 

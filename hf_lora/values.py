@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
 from .extras import EXTRAS, asked_for
+from .forms import Form, form_of, forms_asked
 
-__all__ = ["AdapterValue", "Block", "Factors", "refuse_extras"]
+__all__ = ["AdapterValue", "Block", "Factors", "plain", "refuse_extras", "refuse_replicated", "require_whole_linear"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Factors:
         extras: the tensors that a variant adds, by the names in `extras.EXTRAS`, such as DoRA's "magnitude" (out,).
         anchored: when it trains, the second half of each block's rank stays: what the pair began as, negated, so that
             ΔW = scaling·(B·A − B₀·A₀). Nothing for a file: there it is a pair like any other.
+        form: in which smaller shape A or B is trained and stored. Here both are whole, and of that form.
 
     Raises:
         LoRAMismatchError: the tensors are no such pair.
@@ -82,6 +84,7 @@ class Factors:
     blocks: tuple[Block, ...] = ()
     extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     anchored: bool = False
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -107,6 +110,8 @@ class Factors:
             raise LoRAMismatchError(f"Rank {a[0]} has no second half in each block.", name="anchored", value=a[0])
         if self.blocks:
             self._check_blocks()
+        if self.form is not None:
+            self._check_form(self.form)
 
     def _check_extra(self, name: str, tensor: Tensor) -> None:
         if name not in EXTRAS:
@@ -136,6 +141,17 @@ class Factors:
                 value=[block.role for block in self.blocks],
                 remedy="Name the fused layer itself in target_modules (c_attn, qkv_proj, query_key_value).",
             )
+
+    def _check_form(self, form: Form) -> None:
+        require_whole_linear(form, self.kind, self.blocks)
+        problem = form.problem(self.rank, self.in_features, self.out_features)
+        if problem is None and self.A.device.type != "meta":
+            same = zip((self.A, self.B), form.plain(*form.stored(self.A, self.B)), strict=True)
+            # NaN, which is refused elsewhere, is not a matter of form.
+            if not all(torch.equal(own.nan_to_num(), other.nan_to_num()) for own, other in same):
+                problem = f"the factors are not of the form that {form.field} gives them"
+        if problem is not None:
+            raise LoRAMismatchError(f"{problem}.", name=form.field, value=form)
 
     def _check_blocks(self) -> None:
         n, out = len(self.blocks), self.B.shape[0]
@@ -172,14 +188,17 @@ class Factors:
 
     @property
     def scaling(self) -> float:
-        """alpha/R, or alpha/√R with rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        """alpha/R, or alpha/√R with rsLoRA; times what its form asks for."""
+        scaling = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return scaling if self.form is None else scaling * self.form.factor(self.in_features)
 
     @property
     def num_parameters(self) -> int:
         """How many numbers were trained: in B only the rows that the blocks own."""
-        rows = sum(map(len, self.blocks)) / max(len(self.blocks), 1) if self.blocks else self.B.shape[0]
-        pair = self.A.numel() + int(rows * self.rank)
+        if self.blocks:
+            pair = self.A.numel() + int(sum(map(len, self.blocks)) / len(self.blocks) * self.rank)
+        else:
+            pair = sum(tensor.numel() for tensor in self.stored())
         return pair // (2 if self.anchored else 1) + sum(tensor.numel() for tensor in self.extras.values())
 
     @property
@@ -191,6 +210,16 @@ class Factors:
     def out_features(self) -> int:
         """Rows of B: the layer's outputs, or an embedding's d."""
         return self.B.shape[0]
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes that files hold, and that are trained: those of its form."""
+        return (self.A, self.B) if self.form is None else self.form.stored(self.A, self.B)
+
+    def plain(self) -> Factors:
+        """The plain pair that computes the same."""
+        if self.form is None:
+            return self
+        return dataclasses.replace(self, form=None, alpha=self.alpha * self.form.factor(self.in_features))
 
     def delta(self) -> Tensor:
         """ΔW = scaling·B·A as a dense (out, in) tensor, in float32 (float64 if the factors are).
@@ -212,8 +241,8 @@ class Factors:
     def equal(self, other: Factors) -> bool:
         """Same kind, scaling, blocks, and bit-equal tensors of the same dtype."""
         return (
-            (self.kind, self.alpha, self.use_rslora, self.blocks)
-            == (other.kind, other.alpha, other.use_rslora, other.blocks)
+            (self.kind, self.alpha, self.use_rslora, self.blocks, self.form)
+            == (other.kind, other.alpha, other.use_rslora, other.blocks, other.form)
             and _same(self.A, other.A)
             and _same(self.B, other.B)
             and self.extras.keys() == other.extras.keys()
@@ -303,6 +332,18 @@ class AdapterValue:
                     value=sorted(pair.extras),
                     expected=sorted(asked),
                 )
+        formed = bool(forms_asked(self.config))
+        for path, pair in self.factors.items():
+            want = form_of(self.config, path) if formed else None
+            # PEFT does not pool in layers that GPTQ did not quantise.
+            if pair.form != want and not (pair.form is None and want is not None and want.pooled):
+                fields = [form.field for form in (pair.form, want) if form is not None]
+                raise LoRAMismatchError(
+                    f"{path}: its factors are of the form {pair.form}, the config asks for {want}.",
+                    name=fields[0],
+                    value=pair.form,
+                    expected=want,
+                )
         for name in self.biases:
             if not name.endswith(".bias") and name != "bias":
                 raise LoRAMismatchError(f"The bias {name!r} is not named '<module>.bias'.", name=name)
@@ -317,10 +358,9 @@ class AdapterValue:
                 )
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor of the adapter."""
+        """Every tensor of the adapter, as files hold it."""
         for factors in self.factors.values():
-            yield factors.A
-            yield factors.B
+            yield from factors.stored()
             yield from factors.extras.values()
         yield from self.biases.values()
         for state in self.modules.values():
@@ -386,6 +426,31 @@ class AdapterValue:
         )
 
 
+V = TypeVar("V", bound=AdapterValue)
+
+
+def require_whole_linear(form: Form, kind: str, blocks: Sequence[Block]) -> None:
+    """Raise `LoRAUnsupportedError` if a pair of this kind, or of these slices, cannot have a form."""
+    if blocks or kind == "embedding":
+        raise LoRAUnsupportedError(
+            f"{form.field} is for whole linear layers, not for "
+            + ("slices of a fused one." if blocks else "an embedding."),
+            name=form.field,
+            value=[block.role for block in blocks] or kind,
+            remedy="Name the fused layer itself in target_modules (c_attn, qkv_proj, query_key_value)."
+            if blocks
+            else f"Leave the embedding out of target_modules, or train without {form.field}.",
+        )
+
+
+def plain(value: V) -> V:
+    """The adapter with plain pairs that compute the same; itself if it has no others."""
+    if not forms_asked(value.config):
+        return value
+    factors = {path: pair.plain() for path, pair in value.factors.items()}
+    return dataclasses.replace(value, config=value.config.replace(use_bdlora=None, use_qalora=False), factors=factors)
+
+
 def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = tuple(EXTRAS)) -> None:
     """Raise `LoRAUnsupportedError` if there are such extras, with which B·A alone is not what the adapter computes."""
     all_factors = [value] if isinstance(value, Factors) else value.factors.values()
@@ -398,6 +463,19 @@ def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str]
                 value=True,
                 remedy="Put it on its base in memory and merge_lora(); extract_lora() of that model is a plain LoRA.",
             )
+
+
+def refuse_replicated(value: AdapterValue, what: str) -> None:
+    """Raise `LoRAUnsupportedError` if the adapter's layers are not those of the base, whose weights `what` takes."""
+    spans = value.config.layer_replication
+    if spans is not None:
+        raise LoRAUnsupportedError(
+            f"{what} is of the base's own layers, and this adapter has layer_replication={[list(s) for s in spans]}: "
+            "layers share weights there, and each has a change of its own.",
+            name="layer_replication",
+            value=spans,
+            remedy="Put it on its base in memory, and run it there.",
+        )
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:

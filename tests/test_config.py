@@ -73,7 +73,7 @@ def test_combinations():
         ("targt_modules", ["q"], "Did you mean target_modules?"),
         ("rank", 8, "rank_pattern"),
         ("lora_alfa", 8, "alpha"),
-        ("use_qalora", True, "does not compute"),
+        ("arrow_config", {}, "does not compute"),
         ("zzz", 1, "The fields are"),
     ],
 )
@@ -219,12 +219,9 @@ def test_oddities_that_compute_a_plain_lora(odd):
             {"init_lora_weights": name}
             for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
         ],
-        {"layer_replication": [[0, 2]]},
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},
-        {"use_qalora": True},
-        {"use_bdlora": {"nblocks": 2}},
         {"monteclora_config": {"num_samples": 8}},
         {"arrow_config": {"top_k": 3}},
         {"ensure_weight_tying": True},

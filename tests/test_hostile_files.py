@@ -180,7 +180,7 @@ def test_malformed_configs(folder, text, match):
         ({"r": 10**30}, LoRAFileError, "the config says 1000"),
         ({"r": -1}, LoRAConfigError, "r=-1"),
         ({"peft_type": "ADALORA"}, LoRAUnsupportedError, "ADALORA"),
-        ({"use_qalora": True}, LoRAUnsupportedError, "use_qalora=True"),
+        ({"use_qalora": True, "use_bdlora": {}}, LoRAConfigError, "use_bdlora cannot be combined with use_qalora"),
         ({"use_dora": True}, LoRAFileError, "has no lora_magnitude_vector, which use_dora needs"),
         ({"lora_bias": True}, LoRAFileError, "has no lora_B.bias, which lora_bias needs"),
         ({"never_heard_of": {"x": 1}}, LoRAUnsupportedError, "never_heard_of"),

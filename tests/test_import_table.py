@@ -20,6 +20,7 @@ PACKAGE, PAGES = ROOT / "hf_lora", ROOT / "docs" / "pages"
 TABLE: dict[str, str] = {
     "errors": "",
     "extras": "",
+    "forms": "errors",
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
@@ -30,6 +31,7 @@ TABLE: dict[str, str] = {
     "dropout": "",
     "fused": "dropout errors",
     "sharding": "errors",
+    "replication": "errors sharding",
     "state": "errors",
     "routing": "errors state",
     "rowsources": "architectures errors state",
@@ -47,12 +49,12 @@ TABLE: dict[str, str] = {
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",
-    "banks": "extras functional state variants",
+    "banks": "extras forms functional state variants",
     "slots": "banks dropout functional fused routing rowmaps state variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
-    "values": "config errors extras",
+    "values": "config errors extras forms",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
@@ -62,22 +64,22 @@ TABLE: dict[str, str] = {
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors extras values",
-    "store": "config errors extras layout safefile values",
+    "layout": "config errors extras forms values",
+    "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
-    "cardtext": "bases extras facts values",
+    "cardtext": "bases extras facts forms values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
     "inits": "config errors fields initnames sharding targeting weights",
-    "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
+    "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
-    "model": "config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "config errors extras facts fitting initial inits layerinfo layers replication routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
-    "merging": "errors exact extras layerinfo layers model sharding state switching targeting ties values variants weights workers",  # noqa: E501
+    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
@@ -86,13 +88,13 @@ TABLE: dict[str, str] = {
     "loading": "bases errors hub layerinfo layers model sharding store values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
-    "pool": "errors fitting hub loading model safefile state store switching values",
+    "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
     "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
-    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model spectrum values weights",  # noqa: E501
+    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
     "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
 from ..layerinfo import describe_layer, modules_of
 from ..model import state_of
-from ..values import AdapterValue
+from ..replication import replication_of
+from ..values import AdapterValue, refuse_replicated
 from ..weights import materialised
 from .places import Place, called
 
@@ -49,6 +50,8 @@ class BaseWeights:
     """
 
     def __init__(self, base: Any, adapter: AdapterValue, places: tuple[Place, ...]) -> None:
+        if not isinstance(base, nn.Module) or replication_of(base) != adapter.config.layer_replication:
+            refuse_replicated(adapter, "What is compared with W")
         self._weights = _found(base, adapter, dict.fromkeys(place.path for place in places))
         self._last: tuple[str, Tensor] | None = None
         facts, remedy = [], "Give the base that the adapter was trained on."

@@ -26,7 +26,7 @@ from ..errors import LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
 from ..fitting import make_plan
 from ..integrations.checkpoint_keys import auto_classes, meta_model
 from ..safefile import fsync_directory
-from ..values import AdapterValue, Factors, refuse_extras
+from ..values import AdapterValue, Factors, refuse_extras, refuse_replicated
 from .base import config_of
 
 __all__ = ["GGUFReport", "to_gguf"]
@@ -152,6 +152,7 @@ def to_gguf(
 
 def _refuse_held_whole(adapter: AdapterValue) -> None:
     refuse_extras(adapter, "A GGUF LoRA")
+    refuse_replicated(adapter, "A GGUF LoRA")
     facts = [f"{path}: a module that was trained whole" for path in adapter.modules]
     facts += [f"{name}: a trained bias" for name in adapter.biases]
     if facts:

@@ -17,7 +17,7 @@ from ..exact import product
 from ..extras import EXTRAS
 from ..loading import read_source
 from ..merging import factored
-from ..values import AdapterValue, Factors, refuse_extras
+from ..values import AdapterValue, Factors, refuse_extras, refuse_replicated
 from ..workers import alone
 from .base import BaseFiles, open_base
 from .plan import CHUNK, Item, MergePlan, decide, refuse_other_base
@@ -110,6 +110,7 @@ def merge_to_folder(
     both = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if options.get(key) is not None}
     value = source if isinstance(source, AdapterValue) else read_source(source, **options)
     value.config.require_supported()
+    refuse_replicated(value, "A merge on disk")
     name, revision = _base_name(value, base, base_revision)
     files = open_base(name, revision=revision, **both)
     refuse_other_base(value, files, force)

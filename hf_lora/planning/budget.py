@@ -88,6 +88,13 @@ def _sets(model: nn.Module) -> list[tuple[str, ...] | str]:
 
 def _costs(model: nn.Module, config: LoRAConfig) -> tuple[int, int, int]:
     """Trainable parameters with r=1, the largest r that every layer can have, and what each further rank adds."""
+    if config.use_bdlora is not None:
+        raise LoRAUnsupportedError(
+            "budget= looks for a rank, and use_bdlora has blocks of one that nblocks divides.",
+            name="use_bdlora",
+            value=dict(config.use_bdlora),
+            remedy="Leave budget out, and give r.",
+        )
     first = resolve(model, config.replace(r=1))
     one = initial_value(model, config.replace(r=1), first).num_parameters
     try:

@@ -9,10 +9,12 @@ import time
 from torch import nn
 
 from ..errors import LoRAError
-from ..fitting import make_plan
+from ..fitting import make_plan, unpooled
+from ..layerinfo import modules_of
 from ..loading import require_same_base
 from ..model import state_of
-from ..values import AdapterValue
+from ..replication import replication_of
+from ..values import AdapterValue, refuse_replicated
 from .hostcache import Held
 from .refusals import as_ours, closed
 from .sources import Source
@@ -88,7 +90,9 @@ class Loader:
     def _check(self, value: AdapterValue) -> None:
         if not self.force:
             require_same_base(self.model, value)
+        if value.config.layer_replication != replication_of(self.model):  # requests run on the layers that there are
+            refuse_replicated(value, "A pool's model")
         with self._structure:
             state = state_of(self.model)
             with state.lock if state is not None else contextlib.nullcontext():
-                make_plan(self.model, value, state, complete=True)
+                make_plan(self.model, unpooled(value, modules_of(self.model)), state, complete=True)
