@@ -79,7 +79,7 @@ class LoRABanks(nn.Module):
     A trainable adapter that is anchored has the half of its rank that trains in `A<slot>` and `B<slot>`, and the other
     in frozen Parameters `start_A<slot>` and `start_B<slot>`: Parameters, since DDP hands them to every process.
 
-    Under an adapter that is for a rounded base (LoftQ) a buffer `rounded_<key>` (out, in) stands for the layer's weight.
+    Under an adapter that is for a rounded base (LoftQ) a buffer `rounded_<key>`, (out, in), stands for the weight.
 
     A variant's vectors are Parameters `<name><slot>` while they train. Frozen, they are folded: into B, into
     `bank_bias`, and into `bank_gain` (slots, out), what the layer's output is multiplied by, less 1.

@@ -30,10 +30,10 @@ _COLUMNS, _SLAB = 128, 1 << 17  # words: of a row of the fingerprint's grid, and
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """ΔW = (gain − 1) ∘ W + left @ right, or (instead − W) + left @ right, in the weight's own layout: (rows, R) and (R, columns), float32 or wider.
+    """ΔW = (gain − 1) ∘ W + left @ right, in the weight's own layout: (rows, R) and (R, columns), float32 or wider.
 
-    `gain` is (rows, 1) or (1, columns), or None for 1. `instead` is what stands for W, (rows, columns), or None: nothing
-    brings W back from it, so that a record then keeps all of W.
+    `gain` is (rows, 1) or (1, columns), or None for 1. With `instead`, (rows, columns), which stands for W, ΔW is
+    (instead − W) + left @ right. Nothing brings W back from it, so that a record then keeps all of W.
     """
 
     left: Tensor

@@ -26,12 +26,21 @@ def dequantised(module: nn.Module) -> Tensor:
 
     weight: Any = module.weight
     if bits_of(module) == 4:
-        found: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        state = _state(module)
+        found: Tensor = functional.dequantize_4bit(weight.data, state)
     else:
         scales = getattr(weight, "SCB", None)
         scales = module.state.SCB if scales is None else scales  # type: ignore[union-attr]
         found = functional.int8_vectorwise_dequant(weight.data, scales)
     return found.to(torch.float32)
+
+
+def _state(module: nn.Module) -> Any:
+    """How a weight of 4 bits is stored: in bitsandbytes' usual order, which a forward on a CPU may have changed."""
+    weight: Any = module.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        module.state_dict()  # bitsandbytes' own way back; the next forward changes it again
+    return weight.quant_state
 
 
 def rounding_problem(module: nn.Module, rounding: Rounding, kind: str, blocks: int) -> str | None:
@@ -47,11 +56,11 @@ def rounding_problem(module: nn.Module, rounding: Rounding, kind: str, blocks: i
         return f"loftq_iter={rounding.iterations} is for whole layers, not for slices of a fused one"
     if is_dense(module):
         return None if is_here(module) else "LoftQ (init_lora_weights) rounds the weight, which is not in memory whole"
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    state = _state(module) if bits_of(module) == 4 else None
     found = (getattr(state, "quant_type", None), getattr(state, "blocksize", None), getattr(state, "nested", None))
     if bits_of(module) == 4 and found == ("nf4", 64, False) and (rounding.bits, rounding.iterations) == (4, 1):
         return None
     return (
-        f"the adapter is for {rounding.bits} bits, loftq_iter={rounding.iterations}, and this {type(module).__name__} is "
-        "quantised otherwise (it fits nf4 in blocks of 64 without double quantisation, loftq_iter=1)"
+        f"the adapter is for {rounding.bits} bits with loftq_iter={rounding.iterations}, which this "
+        f"{type(module).__name__} does not hold (4 bits with loftq_iter=1 is nf4 in blocks of 64, not double quantised)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class _Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        chosen = [part[-1] for part in (*self.trained, *self.rounded)]
+        chosen = [rows for _, _, rows in self.trained] + [rows for _, rows in self.rounded]
         tensors = [self.A, self.B, self.bias, self.gain, *chosen]
         return sum(t.nbytes for t in tensors if t is not None)
 
@@ -89,7 +90,7 @@ class LoRASlots(LoRABanks):
         if found is None:
             return None
         index, slot, weight = found
-        own: Tensor = getattr(self, slot.rounded) if slot.rounded else base.weight
+        own: Any = getattr(self, slot.rounded) if slot.rounded else base.weight
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         if not fused.fits(x, own, bias) or (slot.rounded and weight != 1):
             return None

@@ -394,8 +394,8 @@ def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str]
             f"{what} is of plain factors, and this adapter (init_lora_weights='loftq') is for a base that is rounded.",
             name="init_lora_weights",
             value="loftq",
-            remedy='Put it on its base in memory and merge_lora(); or give it init="kaiming" to take it as a plain LoRA '
-            "for a base that is quantised.",
+            remedy="Put it on its base in memory and merge_lora(); or, for a quantised base, take it as a plain "
+            'LoRA: config.replace(init="kaiming", init_options={}).',
         )
     for name in names:
         if any(name in factors.extras for factors in all_factors):

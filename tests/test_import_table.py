@@ -75,7 +75,7 @@ TABLE: dict[str, str] = {
     # a value on a model
     "inits": "config errors fields initnames quantised rounding sharding targeting weights",
     "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",
+    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
     "model": "config errors extras facts fitting initial inits layerinfo layers rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",

@@ -112,8 +112,9 @@ def _original(layer: Layer, source: str | None) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     for key in dict.fromkeys(keys):
-        file = _file(name, places[key] if key in places else _SINGLE) if key in places or index is None else None
-        if file is None or os.path.basename(places.get(key, "")) != places.get(key, ""):
+        stored = places.get(key, _SINGLE if index is None else None)
+        file = None if stored is None or os.path.basename(stored) != stored else _file(name, stored)
+        if file is None:
             continue
         try:
             with safe_open(file, framework="pt") as opened:
