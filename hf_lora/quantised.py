@@ -22,9 +22,8 @@ def bits_of(module: nn.Module) -> int | None:
 
 def dequantised(module: nn.Module) -> Tensor:
     """Q, (out, in) in float32, of a layer whose `bits_of` is not None."""
-    from bitsandbytes import functional  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
     weight: Any = module.weight
+    functional = _functional()
     if bits_of(module) == 4:
         state = _state(module)
         found: Tensor = functional.dequantize_4bit(weight.data, state)
@@ -33,6 +32,12 @@ def dequantised(module: nn.Module) -> Tensor:
         scales = module.state.SCB if scales is None else scales  # type: ignore[union-attr]
         found = functional.int8_vectorwise_dequant(weight.data, scales)
     return found.to(torch.float32)
+
+
+def _functional() -> Any:
+    from bitsandbytes import functional  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return functional
 
 
 def _state(module: nn.Module) -> Any:
