@@ -73,7 +73,7 @@ TABLE: dict[str, str] = {
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
-    "inits": "config errors fields initnames quantised rounding sharding targeting weights",
+    "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
     "model": "config errors extras facts fitting initial inits layerinfo layers rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501

@@ -101,6 +101,15 @@ def test_rounding_takes_the_nearest_of_each_block(shape):
     assert torch.allclose(rounded(W, 8).double(), eight, atol=1e-6)
 
 
+def test_rounding_is_that_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    W = torch.randn(40, 90, generator=torch.Generator().manual_seed(1)) * 0.02
+    four = functional.dequantize_4bit(*functional.quantize_4bit(W, quant_type="nf4", blocksize=64))
+    eight, scales, _ = functional.int8_vectorwise_quant(W.half())
+    assert torch.allclose(rounded(W, 4), four, atol=1e-7)
+    assert torch.allclose(rounded(W, 8), functional.int8_vectorwise_dequant(eight, scales), atol=1e-7)
+
+
 def test_iterations_and_rank_bring_it_nearer():
     W = torch.randn(48, 128, generator=torch.Generator().manual_seed(1)) * 0.02
     plain = float((W - rounded(W, 4)).norm())

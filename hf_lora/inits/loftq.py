@@ -10,13 +10,15 @@ Source: Li et al. 2023 (arXiv:2310.08659) §3.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .. import safefile
 from ..errors import LoRAConfigError, LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
 from ..quantised import bits_of, dequantised
 from ..rounding import Rounding, low_rank
@@ -27,6 +29,7 @@ from .plain import KAIMING
 __all__ = ["LOFTQ"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LARGEST_INDEX = 64 << 20  # bytes
 _FAR = 0.5  # of ‖W‖: no rounding to 4 bits or more moves a weight so far
 
 
@@ -99,21 +102,20 @@ def _from_files(layer: Layer, settings: Settings) -> Tensor:
 def _original(layer: Layer, source: str | None) -> Tensor:
     """The layer's weight as it stands in the base's safetensors files."""
     model: Any = layer.model
-    name = source or getattr(getattr(model, "config", None), "_name_or_path", None)
+    config = getattr(model, "config", None)
+    name = source or getattr(config, "_name_or_path", None)
     if not name:
         raise _no_file(layer, "the model does not say where it was loaded from")
     prefix = getattr(model, "base_model_prefix", None)
     keys = [f"{layer.path}.weight"]
     keys += [f"{prefix}.{keys[0]}", keys[0].removeprefix(f"{prefix}.")] if prefix else []
-    index = _file(name, _INDEX) if _file(name, _SINGLE) is None else None
-    places: dict[str, str] = {}
-    if index is not None:
-        places = json.loads(Path(index).read_bytes()).get("weight_map", {})
+    file_of = functools.partial(_file, name, None if source else getattr(config, "_commit_hash", None))
+    places = _places(file_of)
     from safetensors import SafetensorError, safe_open
 
     for key in dict.fromkeys(keys):
-        stored = places.get(key, _SINGLE if index is None else None)
-        file = None if stored is None or os.path.basename(stored) != stored else _file(name, stored)
+        stored = _SINGLE if places is None else places.get(key)
+        file = file_of(stored) if isinstance(stored, str) and os.path.basename(stored) == stored else None
         if file is None:
             continue
         try:
@@ -126,8 +128,17 @@ def _original(layer: Layer, source: str | None) -> Tensor:
     raise _no_file(layer, f"{name!r} has no safetensors file with {' or '.join(map(repr, dict.fromkeys(keys)))}")
 
 
-def _file(name: str, file: str) -> str | None:
-    """A file of a folder, or of a repo: from the Hub's cache, or the Hub."""
+def _places(file_of: Callable[[str], str | None]) -> dict[str, Any] | None:
+    """Which file holds which tensor, where there are several; None where there is one."""
+    index = file_of(_INDEX) if file_of(_SINGLE) is None else None
+    if index is None:
+        return None
+    found = safefile.load_json(safefile.read_bytes(Path(index), most=_LARGEST_INDEX), index).get("weight_map")
+    return found if isinstance(found, dict) else {}
+
+
+def _file(name: str, revision: str | None, file: str) -> str | None:
+    """A file of a folder, or of a repo at a revision: from the Hub's cache, or the Hub."""
     if os.path.isdir(name):
         found = os.path.join(name, file)
         return found if os.path.isfile(found) else None
@@ -135,7 +146,7 @@ def _file(name: str, file: str) -> str | None:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return str(hf_hub_download(name, file))
+        return str(hf_hub_download(name, file, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None  # the caller says which tensor is missing, and what to do
 
