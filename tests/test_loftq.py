@@ -324,37 +324,56 @@ def test_a_checkpointed_region_gives_the_same_gradients(reentrant, tiny, batch):
     assert all(close(found[1][name], grad) for name, grad in found[0].items())
 
 
-def test_one_graph_serves_every_switch_and_route(tiny, batch):
+def test_one_graph_serves_every_switch_and_route():
+    from hf_lora.model import add, train
+    from hf_lora.switching import route_lora, set_lora
+
     torch.compiler.reset()
-    model = tiny("llama")
-    model.add_lora(LoRAConfig(r=2, target_modules=["q", "o"], init="off"), "other")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 16)).eval()
+    add(net, LoRAConfig(r=2, target_modules=["0", "2"], init="off"), "other")
     for name, n in (("own", 4), ("twin", 4), ("second", 2)):
-        added(model, name, init_options={"loftq_bits": n, "loftq_iter": 1})
-        steps(model, batch(model), 1)
-    model.train_lora(["twin"])
-    inputs = batch(model, rows=4)
+        options = {"loftq_bits": n, "loftq_iter": 1}
+        add(net, LoRAConfig(r=2, target_modules=["0", "2"], init="loftq", init_options=options), name)
+    train(net, ["twin"])
+    x = torch.randn(4, 16)
     choices: list[Any] = [{"own": 0.5, "other": 0.25, "twin": 0.5}, "own", "twin", None, "second", "other"]
     routes = [["own", None, "other", "twin"], ["second", "own", None, "own"]]
 
     def every(run: Any) -> list[torch.Tensor]:
         found = []
         for which in choices:
-            model.set_lora(which)
-            found.append(logits(run, inputs))
+            set_lora(net, which)
+            found.append(run(x).detach())
         for route in routes:
-            with model.route_lora(route):
-                found.append(logits(run, inputs))
+            with route_lora(net, route):
+                found.append(run(x).detach())
         return found
 
-    eager, graphs = every(model), []
+    eager, graphs = every(net), []
 
     def backend(graph: Any, _: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    compiled = every(torch.compile(model, fullgraph=True, backend=backend))
+    compiled = every(torch.compile(net, fullgraph=True, backend=backend))
     assert all(close(mine, other) for mine, other in zip(compiled, eager, strict=True))
     assert len(graphs) == 1
+
+
+def test_a_compiled_step_has_the_gradients_of_the_eager_one():
+    from hf_lora.model import add
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 16)).train()
+    add(net, LoRAConfig(r=2, target_modules=["0", "2"], init="loftq"))
+    x, found = torch.randn(4, 16), []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad for p in net.parameters() if p.requires_grad])
+    assert all(close(mine, other) for mine, other in zip(found[1], found[0], strict=True))
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
