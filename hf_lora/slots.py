@@ -76,10 +76,13 @@ class LoRASlots(LoRABanks):
 
         That is in training mode, where one adapter is active here, and trainable, and the base is frozen and of x's
         dtype. Whether autograd records makes no difference, so that a checkpointed region draws what its recompute
-        draws. In eval mode the sums are those of a frozen adapter, bit for bit.
+        draws. In eval mode the sums are those of a frozen adapter, bit for bit; and where another weight stands for the
+        layer's the layer's own product is not made.
         """
-        if not self.training or tracing():
+        if tracing():
             return None
+        if not self.training:
+            return self._instead(x, base) if self.gained else None
         found: tuple[int, Slot, float] | None = None
         for entry, weight in self.state.current.mixture:
             slot = self.slots.get(entry.check().slot)
@@ -98,6 +101,19 @@ class LoRASlots(LoRABanks):
         assert factors is not None
         dropout = slot.dropout if self.training else 0.0
         return PLAIN.whole(x, own, bias, *factors, slot.scaling * weight, dropout=dropout)
+
+    def _instead(self, x: Tensor, base: nn.Module) -> Tensor | None:
+        """The output where one adapter alone is active here, and another weight stands for the layer's under it."""
+        active = self.state.current
+        here = [] if active.rows is not None else [(e, w) for e, w in active.mixture if e.check().slot in self.slots]
+        if len(here) != 1 or here[0][1] != 1:
+            return None
+        index = here[0][0].slot
+        slot = self.slots[index]
+        if not slot.rounded:
+            return None
+        output = F.linear(x, getattr(self, slot.rounded), getattr(base, "bias", None))
+        return self._add_one(x, output, base, index, dataclasses.replace(slot, rounded=""), 1.0)
 
     def _add_one(
         self,
