@@ -34,6 +34,7 @@ class Slot:
     gain: bool = False  # whether it multiplies the output
     extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
     anchored: bool = False  # whether the second half of each block's rank never trains: what the pair began as, negated
+    rounded: str = ""  # the name of the buffer that stands for the layer's weight under this adapter, if one does
     still: tuple[str, ...] = ()  # "A" or "B": the factor of a trainable adapter that stays as it began
     form: Form | None = None  # in which smaller shape a trainable pair is held
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
@@ -83,6 +84,7 @@ class LoRABanks(nn.Module):
     in frozen Parameters `start_A<slot>` and `start_B<slot>`: Parameters, since DDP hands them to every process.
 
     One whose pair has a form has Parameters of the form's shapes; the banks hold what they stand for.
+    Under an adapter that is for a rounded base (LoftQ) a buffer `rounded_<key>`, (out, in), stands for the weight.
 
     A variant's vectors are Parameters `<name><slot>` while they train. Frozen, they are folded: into B, into
     `bank_bias`, and into `bank_gain` (slots, out), what the layer's output is multiplied by, less 1.
@@ -100,7 +102,7 @@ class LoRABanks(nn.Module):
     bank_B: Tensor
     bank_bias: Tensor
     bank_gain: Tensor
-    gained: bool  # whether any of them multiplies the output
+    gained: bool  # whether any of them needs the layer's own output, to multiply it or to put another one there
     base: type[nn.Module]  # the class that the layer had
     present: Tensor
     _squares: Tensor | None  # ‖W‖² of each row, (out,), once a variant has asked for it
@@ -207,7 +209,19 @@ class LoRABanks(nn.Module):
 
     def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
-        self.gained = self.gained or slot.gain
+        self.gained = self.gained or slot.gain or bool(slot.rounded)
+
+    def hold_rounded(self, index: int, key: str, make: Callable[[], Tensor]) -> None:
+        """Let another weight stand for the layer's under an adapter; those of one key share it.
+
+        Args:
+            make: gives it, (out, in).
+        """
+        slot, name = self.slots[index], f"rounded_{key}"
+        if name not in self._buffers:
+            self.register_buffer(name, make().to(self.bank_A).contiguous(), persistent=False)
+        slot.rounded = name
+        self._hold(index, slot)
 
     def reserve(self, slots: int, rank: int, *, writing: int | None = None) -> None:
         """Let the banks hold so many slots of this rank; one that is about to be written need not be zero.
@@ -241,7 +255,10 @@ class LoRABanks(nn.Module):
                 self.bank_bias[index].zero_()
             if slot.gain:
                 self.bank_gain[index].zero_()
-        self.gained = any(held.gain for held in self.slots.values())
+        self.gained = any(held.gain or held.rounded for held in self.slots.values())
+        if slot.rounded and all(held.rounded != slot.rounded for held in self.slots.values()):
+            self._buffers.pop(slot.rounded, None)
+            self._non_persistent_buffers_set.discard(slot.rounded)
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""

@@ -205,9 +205,9 @@ class LoRAConfig:
         alpha_pattern: exceptions to `alpha`, likewise.
         modules_to_save: modules (heads) that are trained and saved whole.
         init: A of a new adapter is "kaiming" (uniform) or "gaussian" and B zero; "off": both random, for debugging.
-            Others: "orthogonal"; from the weights "pissa", "pissa_niter_N" (faster), "olora", "mica"; from data "eva",
-            "lora_ga", "corda".
-        init_options: settings of "eva", "lora_ga" or "corda", under PEFT's names, such as {"rho": 1.0}.
+            Others: "orthogonal"; from the weights "pissa", "pissa_niter_N" (faster), "olora", "mica", and "loftq", for
+            a base that is quantised, or will be; from data "eva", "lora_ga", "corda".
+        init_options: settings of "eva", "lora_ga", "corda" or "loftq", under PEFT's names, such as {"rho": 1.0}.
         task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS"; kept for other tools.
         base_model: Hub id or path of the base.
         revision: the base's revision.
@@ -359,16 +359,16 @@ class LoRAConfig:
         """The fields of PEFT that change what an adapter computes and that hf_lora lacks; unknown ones too.
 
         Args:
-            constructing: a new adapter is made: its initialisation may change the base (but LoftQ), and settings of it
-                or of the backward pass that hf_lora lacks are named too.
+            constructing: a new adapter is made: its initialisation may change the base, and settings of it or of the
+                backward pass that hf_lora lacks are named too.
         """
         found: dict[str, Any] = {}
-        if self.init == "loftq" or (not constructing and initnames.method(self.init) in initnames.CHANGE_BASE):
+        if not constructing and initnames.method(self.init) in initnames.CHANGE_BASE:
             found["init_lora_weights"] = self.init
         for name, value in self.peft_fields.items():
             if name == "init_lora_weights":
                 neutral = not constructing and initnames.from_peft(value) not in (None, *initnames.CHANGE_BASE)
-            elif constructing and name == initnames.OPTIONS.get(self.init, ("",))[0]:
+            elif (constructing or self.init == "loftq") and name == initnames.OPTIONS.get(self.init, ("",))[0]:
                 neutral = False
             else:
                 neutral = name in _NEUTRAL or (name in _TRAINING_ONLY and not constructing) or _off(value)
@@ -383,13 +383,11 @@ class LoRAConfig:
         """
         found = self.unsupported(constructing=constructing)
         if not found:
-            if constructing:
+            if constructing or self.init == "loftq":
                 initnames.require_together(self.init, {name: getattr(self, name) for name in initnames.APART})
             return
         names = ", ".join(f"{name}={value!r}" for name, value in found.items())
         remedies = [_REMEDIES[name] for name in found if name in _REMEDIES]
-        if constructing and self.init == "loftq":
-            remedies[0] = initnames.REMEDIES["loftq"]
         unknown = [name for name in found if name not in PEFT_DEFAULTS]
         if unknown:
             remedies.append(
@@ -471,8 +469,7 @@ class LoRAConfig:
                 written[name].sort()
         written["lora_alpha"] = _number(self.r if self.alpha is None else self.alpha)
         written["init_lora_weights"] = initnames.to_peft(self.init)
-        if self.init_options:
-            written[initnames.OPTIONS[self.init][0]] = copy.deepcopy(dict(self.init_options))
+        written |= initnames.written(self.init, self.init_options)
         # The format's version, with hf_lora as the local part (PEP 440): the file is PEFT's, PEFT did not write it.
         written |= {"inference_mode": True, "peft_type": "LORA", "peft_version": "0.21.2+hf.lora"}
         written |= copy.deepcopy(dict(self.peft_fields))

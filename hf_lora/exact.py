@@ -32,26 +32,33 @@ _COLUMNS, _SLAB = 128, 1 << 17  # words: of a row of the fingerprint's grid, and
 class Factored:
     """ΔW = (gain − 1) ∘ W + left @ right, in the weight's own layout: (rows, R) and (R, columns), float32 or wider.
 
-    `gain` is (rows, 1) or (1, columns), or None for 1.
+    `gain` is (rows, 1) or (1, columns), or None for 1. With `instead`, (rows, columns), which stands for W, ΔW is
+    (instead − W) + left @ right. Nothing brings W back from it, so that a record then keeps all of W.
     """
 
     left: Tensor
     right: Tensor
     gain: Tensor | None = None
+    instead: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factored:
         """On a device, and at least as wide as `dtype`."""
         wide = torch.promote_types(self.left.dtype, dtype)
         gain = None if self.gain is None else self.gain.to(device, wide)
-        return Factored(self.left.to(device, wide).contiguous(), self.right.to(device, wide).contiguous(), gain)
+        instead = None if self.instead is None else self.instead.to(device)
+        return Factored(
+            self.left.to(device, wide).contiguous(), self.right.to(device, wide).contiguous(), gain, instead
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors, and of the gain."""
-        return self.left.nbytes + self.right.nbytes + (0 if self.gain is None else self.gain.nbytes)
+        """Bytes of its tensors."""
+        return sum(t.nbytes for t in (self.left, self.right, self.gain, self.instead) if t is not None)
 
     def put(self, old: Tensor, rows: slice, delta: Tensor, out: Tensor) -> Tensor:
         """round(W + ΔW) of these rows, into `out`."""
+        if self.instead is not None:
+            return torch.add(self.instead[rows], delta, out=out)
         if self.gain is None:
             return torch.add(old, delta, out=out)
         return out.copy_(torch.addcmul(delta, old.to(delta.dtype), self._part(rows)))
@@ -68,7 +75,7 @@ class Factored:
 
     def harmless(self, dtype: torch.dtype) -> bool:
         """Whether no sum with a finite weight can overflow `dtype`, told from the factors alone."""
-        if self.gain is not None:
+        if self.gain is not None or self.instead is not None:
             return False
         if not self.left.numel() or not self.right.numel():
             return True

@@ -16,6 +16,8 @@ from .errors import LoRAMismatchError
 from .extras import EXTRAS
 from .layerinfo import is_held, modules_of
 from .layers import BIAS_ADDED, LoRAHead, Swapped
+from .quantised import rounding_problem
+from .rounding import rounding_of
 from .sharding import whole
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve
@@ -59,6 +61,7 @@ def make_plan(
     modules = modules_of(model) if modules is None else modules
     infos: dict[str, LayerInfo] = {}
     problems: list[str] = []
+    rounding = rounding_of(value.config)
     heads = {h for e in (state.entries.values() if state else ()) for h in e.record.heads}
     for path, factors in value.factors.items():
         module = modules.get(path)
@@ -84,6 +87,8 @@ def make_plan(
             problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
         elif (lacking := weight_problem(module, factors.extras, factors.rank)) is not None:
             problems.append(f"{path}: {lacking[1]}")
+        elif rounding is not None and (odd := rounding_problem(module, rounding, kind, len(factors.blocks))):
+            problems.append(f"{path}: {odd}")
         elif want != got:
             problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
     for path, bias in value.biases.items():

@@ -23,7 +23,7 @@ from .layerinfo import is_held
 from .targeting import Resolution, Target
 from .values import AdapterValue, Block, Factors, require_whole_linear
 from .variants import Base, initial_extras
-from .weights import compute_dtype, dense_weight, device_of, materialised
+from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
 
 __all__ = ["initial_value", "refuse_embeddings"]
 
@@ -39,6 +39,7 @@ def initial_value(
         seen: what the initialisation found in data, by path.
     """
     factors, modules, init = {}, dict(model.named_modules()), INITS[config.init_method]
+    quantised = any(not is_dense(modules[target.path]) for target in found.targets)
     for target in _shown(found.targets, config):
         module = modules[target.path]
         dtype = torch.promote_types(compute_dtype(module, model), torch.float32)
@@ -65,6 +66,10 @@ def initial_value(
                 kind == "embedding",
                 lambda rows=rows if blocks else None, W=weight: W() if rows is None else W()[rows.to(W().device)],  # type: ignore[misc]
                 rows,
+                weight,
+                module,
+                model,
+                quantised,
                 None if seen is None else seen[target.path],
             )
             a, b = init.pair(layer, config.init_settings)
@@ -86,6 +91,8 @@ def initial_value(
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
     if init.anchored:
         config = _doubled(config)
+    if quantised and config.init == "loftq":  # the base holds what the pair was made for: a plain LoRA
+        config = config.replace(init="kaiming", init_options={})
     biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
     heads = {path: base_state(modules[path]) for path in found.heads}
     if any(target.info.kind == "conv1d" for target in found.targets):

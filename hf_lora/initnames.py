@@ -27,22 +27,22 @@ __all__ = [
     "require_together",
     "settings",
     "to_peft",
+    "written",
 ]
 
 NAMES = (
     *("kaiming", "gaussian", "off", "orthogonal"),
-    *("pissa", "olora", "mica"),  # from the weights
+    *("pissa", "olora", "mica", "loftq"),  # from the weights
     *("eva", "lora_ga", "corda"),  # from data
-    "loftq",  # known, and refused
 )
 _FAST = re.compile(r"pissa_niter_([1-9]\d{0,3})")
 # PEFT's word, where it is another.
 _FROM_PEFT: dict[Any, str] = {True: "kaiming", False: "off"}
 _TO_PEFT: dict[str, Any] = {ours: theirs for theirs, ours in _FROM_PEFT.items()}
 
-# In PEFT these subtract the initial product from the base (or round it), so that the factors of a file do not say what
-# the adapter computes.
-CHANGE_BASE = frozenset({"pissa", "olora", "corda", "lora_ga", "loftq"})
+# In PEFT these subtract the initial product from the base, so that the factors of a file do not say what the adapter
+# computes. (LoftQ rounds the base, which can be done again.)
+CHANGE_BASE = frozenset({"pissa", "olora", "corda", "lora_ga"})
 
 NEED_DATA = frozenset({"eva", "lora_ga", "corda"})
 
@@ -61,7 +61,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lora_ga": ("lora_ga_config", {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16}),
     "corda": ("corda_config", {"corda_method": "ipm"}),
+    "loftq": ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
 }
+# Settings that PEFT takes elsewhere, so that they are never written.
+_UNWRITTEN: dict[str, dict[str, Any]] = {"loftq": {"weights": None}}
 # Further settings that PEFT writes; these values of them change nothing.
 _WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
     "corda_config": {
@@ -80,7 +83,12 @@ _COMPACT = (
 # What a variant's field cannot begin with, and why.
 APART: dict[str, tuple[frozenset[str], str]] = {
     "freeze_a": (frozenset({"mica"}), "one keeps A and the other B, so that neither factor would train"),
-    "kasa_config": (CHANGE_BASE | {"mica", "orthogonal"}, "with σ between A and B this start is not what it is for"),
+    "kasa_config": (
+        CHANGE_BASE | {"mica", "orthogonal", "loftq"},
+        "with σ between A and B this start is not what it is for",
+    ),
+    "use_dora": (frozenset({"loftq"}), "neither says which weight the magnitudes are of"),
+    "lora_bias": (frozenset({"loftq"}), "PEFT does not have them together, either"),
     "use_bdlora": _COMPACT,
     "use_qalora": _COMPACT,
 }
@@ -88,8 +96,6 @@ APART: dict[str, tuple[frozenset[str], str]] = {
 REMEDIES = {
     "file": "This initialisation changed the base's weights: save it again in PEFT with "
     "path_initial_model_for_weight_conversion, which turns it into a plain LoRA.",
-    "loftq": "LoftQ trains on a base that was rounded to 4 or 8 bits, and no LoRA says what the rounding changed: "
-    'train on the quantised base with init="kaiming", or on the dense one with init="pissa".',
 }
 
 
@@ -134,7 +140,7 @@ def options(init: str, value: Any) -> FrozenMapping[str, Any]:
     """`init_options` in its normal form. Raises `LoRAConfigError` if one is no setting of the initialisation."""
     if not isinstance(value, Mapping):
         raise fields.wrong("init_options", value, "a mapping from names of settings to their values")
-    known = OPTIONS[init][1] if init in OPTIONS else {}
+    known = {**(OPTIONS[init][1] if init in OPTIONS else {}), **_UNWRITTEN.get(init, {})}
     for name in value:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -146,13 +152,34 @@ def options(init: str, value: Any) -> FrozenMapping[str, Any]:
                 expected=tuple(known),
                 remedy=f"Did you mean {near[0]!r}?" if near else remedy,
             )
+    if init == "loftq":
+        _check_loftq({**known, **value})
     return FrozenMapping(copy.deepcopy(dict(value)))
+
+
+def _check_loftq(given: Mapping[str, Any]) -> None:
+    fields.integer("loftq_iter", given["loftq_iter"], least=1)
+    if type(given["loftq_bits"]) is not int or given["loftq_bits"] not in (2, 4, 8):
+        raise fields.wrong("loftq_bits", given["loftq_bits"], "4 or 8, or 2, which PEFT does not have")
+    fields.optional_text("weights", given["weights"])
+
+
+def written(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file that hold the settings. PEFT has no defaults for LoftQ's, so that they are all written."""
+    if init not in OPTIONS or not (given or init == "loftq"):
+        return {}
+    field, known = OPTIONS[init]
+    found = {**(known if init == "loftq" else {}), **given}
+    return {field: {name: copy.deepcopy(value) for name, value in found.items() if name in known}}
 
 
 def own_options(init: str, kept: dict[str, Any]) -> dict[str, Any]:
     """`init_options` from the fields of a file, taken out of `kept`; they stay there if not all can be had."""
     field, known = OPTIONS.get(init, ("", {}))
     found = kept.get(field)
+    if init == "loftq" and (not isinstance(found, Mapping) or known.keys() - found.keys()):
+        kept.setdefault(field, {})  # PEFT refuses such a file; here it is refused by this field
+        return {}
     if not isinstance(found, Mapping):
         return {}
     others = _WITHOUT_EFFECT.get(field, {})
@@ -167,4 +194,4 @@ def settings(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
     fast = _FAST.fullmatch(init)
     if method(init) == "pissa":
         return {"niter": int(fast[1]) if fast else 0}
-    return {**(OPTIONS[init][1] if init in OPTIONS else {}), **given}
+    return {**(OPTIONS[init][1] if init in OPTIONS else {}), **_UNWRITTEN.get(init, {}), **given}

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,24 +183,35 @@ def _touched(model: nn.Module, active: Active) -> list[str]:
 def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:
     """What makes ΔW of every layer that the mixture touches, scaled and weighted, from its W; float32 or wider."""
     parts: dict[str, list[tuple[Factors, float]]] = {}
+    rounded: dict[str, list[tuple[Tensor, float]]] = {}
     for entry, weight in active.mixture:
         for path, factors in values[entry.name].factors.items():
             parts.setdefault(path, []).append((factors, weight))
+            slots: Any = model.get_submodule(path).lora_slots
+            name = slots.slots[entry.slot].rounded
+            if name:
+                rounded.setdefault(path, []).append((slots.get_buffer(name), weight))
     changes: dict[str, Change] = {}
     for path, pairs in parts.items():
         info = describe_layer(model.get_submodule(path))
         turned = info is not None and info.kind in ("conv1d", "embedding")  # their weights are (in, out)
-        changes[path] = functools.partial(factored, pairs, turned)
+        changes[path] = functools.partial(factored, pairs, turned, rounded=rounded.get(path, ()))
     return changes
 
 
-def factored(parts: Sequence[tuple[Factors, float]], turned: bool, weight: Tensor) -> Factored:
+def factored(
+    parts: Sequence[tuple[Factors, float]],
+    turned: bool,
+    weight: Tensor,
+    rounded: Sequence[tuple[Tensor, float]] = (),
+) -> Factored:
     """ΔW of a mixture on a layer of this weight, in its layout.
 
     Args:
         parts: factors, and what their ΔW is multiplied by.
         turned: the weight is (in, out).
         weight: the base's, of which DoRA takes the norm.
+        rounded: what stands for the weight under some of them, (out, in), and their share.
     """
     base = Base(weight.T if turned else weight)
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -216,10 +228,21 @@ def factored(parts: Sequence[tuple[Factors, float]], turned: bool, weight: Tenso
         else:
             A, B = factors.A.to(weight.device, wide), factors.B.to(weight.device, wide) * (factors.scaling * share)
         pairs.append((A, B))
+    instead: Tensor | None = None
+    if rounded:
+        instead = _instead(weight, [(Q.T if turned else Q, share) for Q, share in rounded])
     A, B = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
     if turned:
-        return Factored(A.T.contiguous(), B.T.contiguous(), None if gain is None else gain[None])
-    return Factored(B, A, None if gain is None else gain[:, None])
+        return Factored(A.T.contiguous(), B.T.contiguous(), None if gain is None else gain[None], instead)
+    return Factored(B, A, None if gain is None else gain[:, None], instead)
+
+
+def _instead(weight: Tensor, rounded: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """W + Σ wᵢ (Qᵢ − W), in the weight's layout."""
+    if len(rounded) == 1 and rounded[0][1] == 1:
+        return rounded[0][0]
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide + sum((share * (Q.to(wide) - wide) for Q, share in rounded), torch.zeros_like(wide))
 
 
 def _whole(

@@ -25,6 +25,7 @@ from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .replication import replicated, restore_layers
+from .rounding import rounding_of
 from .routing import batch_of
 from .rowmaps import hook_row_maps, unhook_row_maps
 from .sharding import assign, refuse_sharded, reshard, whole
@@ -33,7 +34,7 @@ from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .variants import Base, Effect, effect_of
-from .weights import compute_dtype, dense_weight, device_of, is_here, materialised
+from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
 
 __all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
 
@@ -317,7 +318,7 @@ def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
 def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> bool:
     """Put the value into the layers. Returns whether they now hold every bit of it."""
     rslora, still = value.config.use_rslora, INITS[value.config.init_method].still
-    held = not (value.biases or value.modules or value.embeddings)
+    held, rounding = not (value.biases or value.modules or value.embeddings), rounding_of(value.config)
     for path, factors in value.factors.items():
         module = plan.modules[path]
         slots = _slots(model, state, module, path, plan)
@@ -352,6 +353,13 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
         else:
             slots.put_frozen(entry.slot, slot, A, B, _bias_change(module, bias))
             held = held and slot.dtype is not None and factors.use_rslora == rslora
+        if rounding is not None and is_dense(module):
+            weight, rank = _turned(module), factors.rank
+            slots.hold_rounded(
+                entry.slot,
+                rounding.key(rank),
+                lambda rank=rank, W=weight: rounding.stand_in(W, rank),  # type: ignore[misc]
+            )
     for path, bias in value.biases.items():
         owner = path.rpartition(".")[0]
         if owner in value.factors:
@@ -379,6 +387,12 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
     return held or entry.trainable
+
+
+def _turned(module: nn.Module) -> Tensor:
+    """The layer's weight as (out, in)."""
+    info, weight = describe_layer(module), dense_weight(module)
+    return weight.T if info is not None and info.kind == "conv1d" else weight
 
 
 def _head_copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, fused
@@ -35,12 +37,14 @@ class _Plan:
     places: Tensor | None = None  # (N,), an embedding's rows of the bank
     bias: Tensor | None = None  # (N, out)
     gain: Tensor | None = None  # (N, out), less 1
+    rounded: tuple[tuple[str, Tensor], ...] = ()  # what stands for the weight, and in which rows: (N,), 1 or 0
     trained: tuple[tuple[int, Slot, Tensor], ...] = ()  # slot, and which rows take it: (N,), 1 or 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = [self.A, self.B, self.bias, self.gain, *(chosen for _, _, chosen in self.trained)]
+        chosen = [rows for _, _, rows in self.trained] + [rows for _, rows in self.rounded]
+        tensors = [self.A, self.B, self.bias, self.gain, *chosen]
         return sum(t.nbytes for t in tensors if t is not None)
 
 
@@ -72,10 +76,13 @@ class LoRASlots(LoRABanks):
 
         That is in training mode, where one adapter is active here, and trainable, and the base is frozen and of x's
         dtype. Whether autograd records makes no difference, so that a checkpointed region draws what its recompute
-        draws. In eval mode the sums are those of a frozen adapter, bit for bit.
+        draws. In eval mode the sums are those of a frozen adapter, bit for bit; and where another weight stands for the
+        layer's the layer's own product is not made.
         """
-        if not self.training or tracing():
+        if tracing():
             return None
+        if not self.training:
+            return self._instead(x, base) if self.gained else None
         found: tuple[int, Slot, float] | None = None
         for entry, weight in self.state.current.mixture:
             slot = self.slots.get(entry.check().slot)
@@ -87,15 +94,28 @@ class LoRASlots(LoRABanks):
                 found = entry.slot, slot, weight
         if found is None:
             return None
-        own: Tensor = base.weight  # type: ignore[assignment]
-        bias: Tensor | None = base.bias  # type: ignore[assignment]
-        if not fused.fits(x, own, bias):
-            return None
         index, slot, weight = found
+        own: Any = getattr(self, slot.rounded) if slot.rounded else base.weight
+        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        if not fused.fits(x, own, bias) or (slot.rounded and weight != 1):
+            return None
         factors = self.dense(index)
         assert factors is not None
         dropout = slot.dropout if self.training else 0.0
         return PLAIN.whole(x, own, bias, *factors, slot.scaling * weight, dropout=dropout)
+
+    def _instead(self, x: Tensor, base: nn.Module) -> Tensor | None:
+        """The output where one adapter alone is active here, and another weight stands for the layer's under it."""
+        active = self.state.current
+        here = [] if active.rows is not None else [(e, w) for e, w in active.mixture if e.check().slot in self.slots]
+        if len(here) != 1 or here[0][1] != 1:
+            return None
+        index = here[0][0].slot
+        slot = self.slots[index]
+        if not slot.rounded:
+            return None
+        output = F.linear(x, getattr(self, slot.rounded), getattr(base, "bias", None))
+        return self._add_one(x, output, base, index, dataclasses.replace(slot, rounded=""), 1.0)
 
     def _add_one(
         self,
@@ -112,6 +132,8 @@ class LoRASlots(LoRABanks):
         `origin`: the layer's own output, where `output` holds more already; an adapter with a gain multiplies that.
         """
         scaled = isinstance(weight, Tensor) or weight != 1
+        if slot.rounded:
+            output = self._rounded(x, output, base, slot.rounded, weight, origin)
         dropout = slot.dropout
         if dropout and (not self.training or self.kind == "embedding"):
             dropout = 0.0
@@ -137,6 +159,22 @@ class LoRASlots(LoRABanks):
             bias = bias.view(-1, *[1] * (output.dim() - 2)) if isinstance(base, CHANNELS_FIRST) else bias
             output = output + (bias * weight if scaled else bias).to(output.dtype)
         return output
+
+    def _rounded(
+        self,
+        x: Tensor,
+        output: Tensor,
+        base: nn.Module,
+        name: str,
+        weight: float | Tensor,
+        origin: Tensor | None = None,
+    ) -> Tensor:
+        """`output` + weight · what changes when another weight stands for the layer's. Arguments: as of `_add_one`."""
+        own = output if origin is None else origin
+        instead = F.linear(x, getattr(self, name), getattr(base, "bias", None))
+        if own is output and not isinstance(weight, Tensor) and weight == 1:
+            return instead
+        return output + (instead - own) * weight
 
     def _changed(self, x: Tensor, own: Tensor, base: nn.Module, index: int, dropout: float) -> Tensor:
         """The layer's `own` output as a trainable adapter of a variant changes it."""
@@ -250,6 +288,9 @@ class LoRASlots(LoRABanks):
 
     def _add_planned(self, x: Tensor, output: Tensor, base: nn.Module, plan: _Plan) -> Tensor:
         """x: (N, …), N the rows of the route."""
+        for name, chosen in plan.rounded:
+            weight = chosen.view(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+            output = self._rounded(x, output, base, name, weight)
         if plan.gain is not None:
             output = torch.addcmul(output, output, _bias_rows(plan.gain, output, base))
         if plan.A is not None and plan.B is not None:
@@ -301,6 +342,12 @@ class LoRASlots(LoRABanks):
                 plan.places = places
             else:
                 plan.A = bank_A[:, :rank].index_select(0, places)
+        names = dict.fromkeys(self.slots[entry.slot].rounded for entry in frozen)
+        plan.rounded = tuple(
+            (name, torch.tensor([r in frozen and self.slots[r.slot].rounded == name for r in rows], device=device))
+            for name in names
+            if name
+        )
         if biased:
             plan.bias = self._gathered(self.bank_bias, active, biased)
         if gained:
@@ -340,6 +387,10 @@ class LoRASlots(LoRABanks):
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
             output = self._add_one(x, output, base, index, slot, weight.to(output.dtype), origin)
+        held = [(index, slot.rounded) for index, slot in self.slots.items() if slot.rounded and not slot.trainable]
+        for name in dict.fromkeys(name for _, name in held):
+            chosen = torch.stack([weights * (slots == index) for index, own in held if own == name]).sum((0, 2))
+            output = self._rounded(x, output, base, name, chosen.view(-1, *ones).to(output.dtype), origin)
         if self.bank_gain.shape[0]:
             gain = _bias_rows(_chosen(self.bank_gain, slots, weights), output, base)
             output = torch.addcmul(output, origin, gain)

@@ -454,6 +454,14 @@ def plain(value: V) -> V:
 def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = tuple(EXTRAS)) -> None:
     """Raise `LoRAUnsupportedError` if there are such extras, with which B·A alone is not what the adapter computes."""
     all_factors = [value] if isinstance(value, Factors) else value.factors.values()
+    if isinstance(value, AdapterValue) and value.config.init == "loftq":
+        raise LoRAUnsupportedError(
+            f"{what} is of plain factors, and this adapter (init_lora_weights='loftq') is for a base that is rounded.",
+            name="init_lora_weights",
+            value="loftq",
+            remedy="Put it on its base in memory and merge_lora(); or, for a quantised base, take it as a plain "
+            'LoRA: config.replace(init="kaiming", init_options={}).',
+        )
     for name in names:
         if any(name in factors.extras for factors in all_factors):
             extra = EXTRAS[name]

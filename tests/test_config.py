@@ -215,10 +215,7 @@ def test_oddities_that_compute_a_plain_lora(odd):
 @pytest.mark.parametrize(
     "fields",
     [
-        *[
-            {"init_lora_weights": name}
-            for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
-        ],
+        *[{"init_lora_weights": name} for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "new")],
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},

@@ -46,6 +46,8 @@ TABLE: dict[str, str] = {
     "targeting": "architectures batches config errors layerinfo matching patterns survey",
     # layers
     "weights": "errors sharding",
+    "rounding": "",
+    "quantised": "rounding weights",
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",
@@ -73,10 +75,10 @@ TABLE: dict[str, str] = {
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
-    "inits": "config errors fields initnames sharding targeting weights",
+    "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
-    "model": "config errors extras facts fitting initial inits layerinfo layers replication routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
+    "model": "config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501

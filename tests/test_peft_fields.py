@@ -77,7 +77,7 @@ REFUSED: dict[str, Any] = {
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
 }
-CHANGE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")  # factors are then not all of it
+CHANGE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")  # factors are then not all of it
 # What changes gradients alone: the file loads and computes the same; a new adapter is refused.
 TRAINING_ONLY: dict[str, Any] = {"velora_config": {"num_groups": 2}}
 

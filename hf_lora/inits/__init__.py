@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import corda, eva, lora_ga, mica, olora, orthogonal, pissa, plain
+from . import corda, eva, loftq, lora_ga, mica, olora, orthogonal, pissa, plain
 from .base import Init, Layer
 from .inputs import require_data
 
@@ -16,6 +16,7 @@ INITS: dict[str, Init] = {
     "pissa": pissa.PISSA,
     "olora": olora.OLORA,
     "mica": mica.MICA,
+    "loftq": loftq.LOFTQ,
     "eva": eva.EVA,
     "lora_ga": lora_ga.LORA_GA,
     "corda": corda.CORDA,

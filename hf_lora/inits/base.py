@@ -30,6 +30,9 @@ class Layer:
         weight: gives W, (out, in), float32 or wider; raises where it is quantised.
         seen: what `Init.look` found here.
         rows: these rows of the layer's output.
+        module, model: the layer, and the model.
+        whole: gives the W of the whole layer.
+        quantised: whether any of the layers that take a pair is quantised.
     """
 
     path: str
@@ -41,6 +44,10 @@ class Layer:
     embedding: bool
     weight: Callable[[], Tensor]
     rows: Tensor
+    whole: Callable[[], Tensor]
+    module: nn.Module
+    model: nn.Module
+    quantised: bool
     seen: Any = None
 
     def require_rank(self, init: str, most: int | None = None) -> None:
