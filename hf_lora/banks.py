@@ -29,6 +29,7 @@ class Slot:
     trainable: bool = False
     blocks: tuple[Any, ...] = ()  # the fused layer's (role, rows) that the pair is made of; () for the whole layer
     bias: bool = False  # whether it adds to the output what depends on no input
+    invoked: bool = False  # whether it acts only from its invocation on (aLoRA)
     extras: tuple[str, ...] = ()  # the vectors of its variants, `extras.EXTRAS`
     gain: bool = False  # whether it multiplies the output
     extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
@@ -95,6 +96,7 @@ class LoRABanks(nn.Module):
     bank_bias: Tensor
     bank_gain: Tensor
     gained: bool  # whether any of them multiplies the output
+    invoked: bool  # whether any of them is an aLoRA
     base: type[nn.Module]  # the class that the layer had
     present: Tensor
     _squares: Tensor | None  # ‖W‖² of each row, (out,), once a variant has asked for it
@@ -115,7 +117,8 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={}, fresh=False, gained=False, _squares=None, _squares_of=None, _tails={})
+        vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False)
+        vars(self).update(_squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
             bank_A=empty.view(0, 0, in_features),
@@ -201,7 +204,7 @@ class LoRABanks(nn.Module):
 
     def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
-        self.gained = self.gained or slot.gain
+        self.gained, self.invoked = self.gained or slot.gain, self.invoked or slot.invoked
 
     def reserve(self, slots: int, rank: int, *, writing: int | None = None) -> None:
         """Let the banks hold so many slots of this rank; one that is about to be written need not be zero.
@@ -236,6 +239,7 @@ class LoRABanks(nn.Module):
             if slot.gain:
                 self.bank_gain[index].zero_()
         self.gained = any(held.gain for held in self.slots.values())
+        self.invoked = any(held.invoked for held in self.slots.values())
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (R, out), scaled, of a frozen adapter, as they lie in the banks."""

@@ -76,6 +76,7 @@ _OWN = {
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
     "kasa_config": "kasa_config",
+    "alora_invocation_tokens": "alora_invocation_tokens",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -187,6 +188,8 @@ class LoRAConfig:
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
         kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
             gamma, the weights in `hf_lora.kasa_loss`; None is off.
+        alora_invocation_tokens: act from the last occurrence of these token ids in a row on, and be the base before it
+            and in rows without them (aLoRA); None acts everywhere.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
@@ -210,7 +213,7 @@ class LoRAConfig:
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
     (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
-    2024 (arXiv:2412.06071).
+    2024 (arXiv:2412.06071); aLoRA: Greenewald et al. 2025 (arXiv:2504.12397).
     """
 
     r: int = 8
@@ -221,6 +224,7 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     kasa_config: Mapping[str, float] | None = None
+    alora_invocation_tokens: Sequence[int] | None = None
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
@@ -260,6 +264,7 @@ class LoRAConfig:
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
         put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
+        put("alora_invocation_tokens", fields.token_ids("alora_invocation_tokens", self.alora_invocation_tokens))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activation import hook_activation, refuse_activation, unhook_activation
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .extras import EXTRAS
@@ -123,6 +124,7 @@ def add(
     found = resolve(model, config)
     require_data(config, data)
     refuse_embeddings(config, found.targets)
+    refuse_activation(model, config, {t.path: t.info.kind for t in found.targets}, [config.bias, *found.heads])
     _require_putable(model, name, replace, state_of(model), modules_of(model))  # before hours of looking at data
     found, seen = _look(model, config, found, data)
     value = initial_value(model, config, found, seen)
@@ -192,10 +194,12 @@ def put(
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
     reshard(model)
     plan = make_plan(model, value, state, complete=complete, finite=finite, modules=modules)
+    kinds = {path: factors.kind for path, factors in value.factors.items()}
+    refuse_activation(model, value.config, kinds, [*value.biases, *value.modules], plan.row_maps)
     fresh = state is None
     state = _attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
-        entry = Entry(name, state.free_slot(), trainable)
+        entry = Entry(name, state.free_slot(), trainable, value.config.alora_invocation_tokens or ())
         resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
         entry.record = resident
         try:
@@ -289,6 +293,10 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
     """Put the value into the layers. Returns whether they now hold every bit of it."""
     rslora, still = value.config.use_rslora, INITS[value.config.init_method].still
     held = not (value.biases or value.modules or value.embeddings)
+    invoked = value.config.alora_invocation_tokens is not None
+    if invoked:
+        hook_activation(model, state)
+        state.reach_width = max(state.reach_width, 2 + (entry.slot | 1))
     for path, factors in value.factors.items():
         module = plan.modules[path]
         slots = _slots(model, state, module, path, plan)
@@ -301,6 +309,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             entry.trainable,
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
+            invoked=invoked,
             anchored=factors.anchored,
             still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
@@ -481,6 +490,7 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     unhook_row_maps(model)
+    unhook_activation(model)
 
 
 def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[str, nn.Module]) -> None:
