@@ -3,9 +3,9 @@
     h_t = x_t W^T + [t ≥ t₀] · s · x_t A^T B^T        t₀: the first token of the last invocation in the row
 
 (Greenewald et al., 2025, arXiv:2504.12397.) So the base's cache of what stands before t₀ is the adapter's, too. Where
-t₀ is follows from the `input_ids` of the model's forward, or of `generate`, which looks at the prompt once. A hook reads
-it there, if an aLoRA is active, and the layers find it beside what is active; it is counted from the end of what the
-forward is given, so that a head that is run on the last positions alone finds it, too.
+t₀ is follows from the `input_ids` of the model's forward, or of `generate`, which looks at the prompt once. A hook
+reads it there, if an aLoRA is active, and the layers find it beside what is active; it is counted from the end of what
+the forward is given, so that a head that is run on the last positions alone finds it, too.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ __all__ = [
     "mask_compiled",
     "reach_of",
     "refuse_activation",
+    "state_at",
     "starts_of",
     "unhook_activation",
 ]
 
 OFFSETS = "alora_offsets"
-"""PEFT's name of the argument that says where the adapter acts: how many of each row's last positions; None for none."""
+"""PEFT's argument that says where the adapter acts: on how many of each row's last positions; None for none."""
 
 _FIELD = "alora_invocation_tokens"
 Counts = Mapping[Entry, tuple[int, ...]]  # how many of each row's last positions an aLoRA acts on
@@ -112,7 +113,7 @@ class Reach:
         return self.counts[entry] if entry.invocation else (self.length,) * self.rows
 
     def check(self, x: Tensor) -> int:
-        """The positions of a layer's input (N, T, …), 1 of (N, in). Raises `LoRARouteError` if they are not the rows'."""
+        """The positions of a layer's input (N, T, …), 1 of (N, in); `LoRARouteError` if they are not the rows'."""
         rows = self.rows
         positions = x.shape[1] if x.dim() > 2 else 1
         if x.shape[0] != rows or (x.dim() > 2 and positions not in (self.length, self.kept)):
@@ -177,7 +178,7 @@ def _invoked(active: Active) -> list[Entry]:
 
 def _scanned(ids: Tensor, entries: Sequence[Entry]) -> Counts:
     if ids.is_meta:  # sizes alone matter
-        return {entry: (ids.shape[1],) * ids.shape[0] for entry in entries}
+        return dict.fromkeys(entries, (ids.shape[1],) * ids.shape[0])
     counts = torch.stack([found(ids, entry.invocation) for entry in entries]).tolist()
     return {entry: tuple(row) for entry, row in zip(entries, counts, strict=True)}
 
@@ -273,7 +274,9 @@ class _Hook:
     def __init__(self, state: LoRAState, names: tuple[str, ...]) -> None:
         self.state, self.names = state, names
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None:  # another thread is just hooking it: nothing is invoked yet
+            return None
         offsets = kwargs.get(OFFSETS)
         if tracing():
             self._trace(module, {**kwargs, **dict(zip(self.names, args, strict=False))}, offsets)
@@ -323,7 +326,7 @@ class _Hook:
 
 def hook_activation(model: nn.Module, state: LoRAState) -> None:
     """Hook the model, and every model inside it that takes token ids: whichever is called reads where to act."""
-    if any(isinstance(getattr(hook, "__self__", None), _Hook) for hook in model._forward_pre_hooks.values()):
+    if state_at(model) is not None:
         return
     for module in dict.fromkeys(modules_of(model).values()):
         of: Any = type(module)
@@ -332,6 +335,12 @@ def hook_activation(model: nn.Module, state: LoRAState) -> None:
             hook = _Hook(state, names)
             module.register_forward_pre_hook(hook.before, with_kwargs=True)
             module.register_forward_hook(hook.after, always_call=True)
+
+
+def state_at(module: nn.Module) -> LoRAState | None:
+    """The state whose aLoRAs this model, which takes token ids, looks for; None if there is none."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner.state for owner in owners if isinstance(owner, _Hook)), None)
 
 
 def unhook_activation(model: nn.Module) -> None:

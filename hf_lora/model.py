@@ -199,7 +199,7 @@ def put(
     fresh = state is None
     state = _attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
-        entry = Entry(name, state.free_slot(), trainable, value.config.alora_invocation_tokens or ())
+        entry = Entry(name, state.free_slot(), trainable, tuple(value.config.alora_invocation_tokens or ()))
         resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
         entry.record = resident
         try:
@@ -629,6 +629,8 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
 def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
     problems = [f"{path}: not in the file" for path in have.factors.keys() - value.factors.keys()]
     problems += [f"{path}: not on the model" for path in value.factors.keys() - have.factors.keys()]
+    if have.config.alora_invocation_tokens != value.config.alora_invocation_tokens:
+        problems.append(f"alora_invocation_tokens: {value.config.alora_invocation_tokens} in the file")
     for path in have.factors.keys() & value.factors.keys():
         mine, other = have.factors[path], value.factors[path]
         if (mine.A.shape, mine.B.shape, mine.blocks) != (other.A.shape, other.B.shape, other.blocks):

@@ -222,7 +222,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
-        {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
         {"monteclora_config": {"num_samples": 8}},

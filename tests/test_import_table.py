@@ -47,8 +47,9 @@ TABLE: dict[str, str] = {
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",
+    "activation": "errors layerinfo rowmaps state",
     "banks": "extras functional state variants",
-    "slots": "banks dropout functional fused routing rowmaps state variants",
+    "slots": "activation banks dropout functional fused routing rowmaps state variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
@@ -74,7 +75,7 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames sharding targeting weights",
     "initial": "config errors extras fitting inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers sharding state targeting values weights",
-    "model": "config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation config errors extras facts fitting initial inits layerinfo layers routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model sharding state switching targeting ties values variants weights workers",  # noqa: E501
@@ -89,7 +90,7 @@ TABLE: dict[str, str] = {
     "pool": "errors fitting hub loading model safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
+    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model spectrum values weights",  # noqa: E501
