@@ -10,6 +10,7 @@ the forward is given, so that a head that is run on the last positions alone fin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .errors import LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .layerinfo import modules_of
 from .rowmaps import argument_names
-from .state import Active, Block, Entry, LoRAState, leave, tracing
+from .state import Active, Block, Entry, LoRAState, leave
 
 __all__ = [
     "OFFSETS",
@@ -273,15 +274,23 @@ class _Hook:
 
     def __init__(self, state: LoRAState, names: tuple[str, ...]) -> None:
         self.state, self.names = state, names
+        _leave_uncompiled()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _leave_uncompiled()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs is None:  # another thread is just hooking it: nothing is invoked yet
             return None
-        offsets = kwargs.get(OFFSETS)
-        if tracing():
-            self._trace(module, {**kwargs, **dict(zip(self.names, args, strict=False))}, offsets)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            self._trace(module, {**kwargs, **dict(zip(self.names, args, strict=False))}, kwargs.get(OFFSETS))
             return None
-        active = self.state.current
+        return torch.compiler.disable(self.enter)(module, args, kwargs)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read where the aLoRAs act, and let the layers see it; the arguments that are the forward's, if others are."""
+        active, offsets = self.state.current, kwargs.get(OFFSETS)
         if active.invoked and not isinstance(active.reach, Reach):
             if torch.compiler.is_exporting() or torch._C._is_tracing():
                 raise LoRAUnsupportedError(
@@ -296,11 +305,15 @@ class _Hook:
         return None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if tracing():
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             traced = self.state.traced_reach
             if traced is not None and traced.module is module:
                 self.state.traced_reach = None
             return
+        torch.compiler.disable(self.leave)(module)
+
+    def leave(self, module: nn.Module) -> None:
+        """Forget it again."""
         reach = self.state.current.reach
         if isinstance(reach, Reach) and reach.module is module and reach.block is not None:
             leave(reach.block)
@@ -322,6 +335,20 @@ class _Hook:
         number, tensor = (-1, past.detach()) if isinstance(past, Tensor) else (past, None)
         reach = _reach_op(x, ids is not None, number, tensor, self.state.uid, self.state.reach_width)
         self.state.traced_reach = Traced(module, reach, size[1], _kept(given))
+
+
+@functools.cache
+def _leave_uncompiled() -> None:
+    """Let the hooks run as they are where they are not a part of a graph.
+
+    torch.compile(model) runs the model's own hooks outside its graph, as frames of their own. Compiled, they could tell
+    the forward's graph only through the state, which threads share.
+    """
+    from torch._dynamo.decorators import skip  # a model of transformers has imported it
+
+    for method in (_Hook.before, _Hook.after):
+        skip(method)
+        vars(method).pop("_torchdynamo_disable", None)  # within a graph they are traced
 
 
 def hook_activation(model: nn.Module, state: LoRAState) -> None:

@@ -1,4 +1,4 @@
-"""aLoRA: where it acts, held against PEFT and against the layers' formula with a scan in plain Python; and every verb."""
+"""aLoRA: where it acts, held against PEFT and a scan in plain Python before the formula of a layer; and every verb."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hf_lora.errors import (
 )
 
 TOKENS, OTHER = (5, 6), (7, 8, 7)
+NEVER = 1 << 20
 FAMILIES = {"llama": "all-linear", "gpt2": ["q", "v", "c_fc"], "bert": ["query", "value", "output.dense"]}
 
 
@@ -43,11 +44,11 @@ def made(model, name="default", seed=0, tokens=TOKENS, **changes):
 
 
 def starts_in(ids, tokens=TOKENS):
-    """The first position of the last occurrence in each row, or its length."""
+    """The first position of the last occurrence in each row, or NEVER."""
     found = []
     for row in ids.tolist():
         places = [i for i in range(len(row)) if tuple(row[i : i + len(tokens)]) == tuple(tokens)]
-        found.append(places[-1] if places else len(row))
+        found.append(places[-1] if places else NEVER)
     return found
 
 
@@ -223,7 +224,9 @@ def test_the_prompt_says_where_every_step_acts(tiny, how):
         routed = model.generate(input_ids=ids, **settings, **GENERATING[how])
     plain = tiny("llama").generate(input_ids=ids, **settings, **like)
     each = len(routed) // len(ids)
-    wanted = torch.cat([(plain if name is None else expected)[i * each : (i + 1) * each] for i, name in enumerate(route)])
+    wanted = torch.cat(
+        [(plain if name is None else expected)[i * each : (i + 1) * each] for i, name in enumerate(route)]
+    )
     assert torch.equal(routed, wanted)
 
 
@@ -248,7 +251,7 @@ def test_what_the_model_writes_invokes_nothing(tiny):
 def test_offsets_say_it_where_tokens_do_not(tiny):
     """A decoding loop of one's own, and embeddings instead of tokens."""
     model, ids = made(tiny("llama"), seed=1), prompts()
-    offsets = [9 - start or None for start in starts_in(ids)]
+    offsets = [9 - start if start < NEVER else None for start in starts_in(ids)]
     whole = model(input_ids=ids)
     assert torch.equal(model(input_ids=ids, alora_offsets=offsets).logits, whole.logits)
     embeds = model.get_input_embeddings()(ids)
@@ -331,7 +334,7 @@ def test_nothing_is_left_behind(tiny):
     made(model)
     twin = copy.deepcopy(model)
     model(input_ids=ids)
-    with pytest.raises(ValueError, match="not broadcastable|shape|size|match"):
+    with pytest.raises(ValueError, match="batch_size"):
         model(input_ids=ids, labels=ids[:2])
     expected = logits(model, {"input_ids": ids})
     model.remove_lora()
@@ -374,7 +377,9 @@ def test_resume_in_trainer_is_the_run_without_a_break(tiny, tmp_path):
             tmp_path / "run", max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, seed=1,
             report_to=[], disable_tqdm=True, lr_scheduler_type="constant", use_cpu=True, logging_steps=1,
         )  # fmt: skip
-        Trainer(model, args, train_dataset=rows, callbacks=[hf_lora.LoRACallback()]).train(resume_from_checkpoint=resume)
+        Trainer(model, args, train_dataset=rows, callbacks=[hf_lora.LoRACallback()]).train(
+            resume_from_checkpoint=resume
+        )
         return model.lora_adapter("default")
 
     whole = run(4)
@@ -385,11 +390,10 @@ def test_resume_in_trainer_is_the_run_without_a_break(tiny, tmp_path):
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", [["one", "plain"], []])
-def test_one_graph_serves_every_switch_route_and_prompt(tiny, trained):
+def test_one_graph_serves_every_switch_route_and_prompt(tiny):
     torch.compiler.reset()
-    model, ids = zoo(tiny("llama"), target_modules=["q", "v", "down", "lm_head"]), mixed_prompts()
-    model.train_lora(trained)
+    model, ids = zoo(tiny("llama"), target_modules=["q", "down", "lm_head"]), mixed_prompts()
+    model.train_lora(["one", "trained"])
     choices = [{"one": 0.5, "two": -0.5, "plain": 1.0}, "one", "two", None, "plain"]
     given = [ids, ids.flip(0)]
     model.set_lora(choices[0])
@@ -412,43 +416,48 @@ def test_one_graph_serves_every_switch_route_and_prompt(tiny, trained):
             agrees(logits(compiled, {"input_ids": each}), next(wanted), 2e-5)
     with model.route_lora(ROUTE):
         agrees(logits(compiled, {"input_ids": ids}), routed, 2e-5)
-    assert len(graphs) == 1
-    model.set_lora("plain")  # no tokens: as long as nothing is invoked
-    embeds = model.get_input_embeddings()(ids)
-    agrees(logits(compiled, {"inputs_embeds": embeds}), logits(model, {"input_ids": ids}))
     model.set_lora("one")
+    offsets = [9 - start if start < NEVER else 0 for start in starts_in(ids)]
+    agrees(logits(compiled, {"input_ids": ids, "alora_offsets": offsets}), expected[2], 2e-5)
+    assert len(graphs) == 1
     with pytest.raises(LoRAStateError, match="input_ids"):
-        compiled(inputs_embeds=embeds)
-    with pytest.raises(Exception, match="alora_offsets cannot be given"):
-        compiled(input_ids=ids, alora_offsets=[1] * 7)
+        compiled(inputs_embeds=model.get_input_embeddings()(ids))
 
 
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(tiny):
+    """The model's hooks are within the graph."""
     torch.compiler.reset()
-    model, ids = made(tiny("llama"), use_dora=True, target_modules=["q", "down"]).train(), prompts()
-    found = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    model, ids = made(tiny("llama"), use_dora=True, target_modules=["q"]).train(), prompts()
+
+    def run(ids, **given):
+        return model(input_ids=ids, labels=ids, **given).loss
+
+    found, compiled = [], torch.compile(run, fullgraph=True, backend="aot_eager")
+    for each in (run, compiled):
         model.zero_grad()
-        run(input_ids=ids, labels=ids).loss.backward()
+        each(ids).backward()
         found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for mine, theirs in zip(*found, strict=True):
         agrees(mine, theirs, 2e-5)
+    assert model._lora_state.traced_reach is None
+    with pytest.raises(Exception, match="alora_offsets cannot be given"):
+        compiled(ids, alora_offsets=[1] * 4)
 
 
 def test_compiled_inside_generate(tiny):
-    """The forward alone, each layer alone, or the whole call: they all see what the prompt says."""
+    """Each layer alone, or the whole model: they see what the prompt says."""
     torch.compiler.reset()
     ids = prompts()
-    settings = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    model = made(tiny("llama"), seed=1, target_modules=["q", "down"])
+    settings = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model = made(tiny("llama"), seed=1, target_modules=["q"])
     model.train_lora([])
     expected = model.generate(**settings)
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend="eager")
     assert torch.equal(model.generate(**settings), expected)
-    model = made(tiny("llama"), seed=1, target_modules=["q", "down"])
+    model = made(tiny("llama"), seed=1, target_modules=["q"])
     model.train_lora([])
-    model.compile(fullgraph=True, backend="eager")  # generate calls the model, and the hooks are in the graph
+    model.compile(fullgraph=True, backend="eager")
     assert torch.equal(model.generate(**settings, cache_implementation="static", disable_compile=True), expected)
 
 
@@ -463,7 +472,7 @@ def test_arithmetic_keeps_the_invocation(tiny, tmp_path):
     made(model, "plain", 3, None)
     a, b, other, plain = (model.lora_adapter(name) for name in ("a", "b", "other", "plain"))
     both = hf_lora.combine([a, b], [0.5, -1.0])
-    for value in (both, hf_lora.truncate(a, rank=2), hf_lora.negate(a)):
+    for value in (both, a.truncate(rank=2), a.negate()):
         assert value.config.alora_invocation_tokens == TOKENS
     model.train_lora([])
     model.set_lora({"a": 0.5, "b": -1.0})
@@ -478,14 +487,14 @@ def test_arithmetic_keeps_the_invocation(tiny, tmp_path):
 
 def test_the_gguf_and_the_card_say_it(tiny, tmp_path):
     gguf = pytest.importorskip("gguf")
-    from hf_lora.card import build_card
-    from hf_lora.export import export_gguf
+    from hf_lora import card
+    from hf_lora.export import to_gguf
 
     value = made(tiny("llama"), target_modules=["q", "v"]).lora_adapter("default")
-    export_gguf(value, tmp_path / "a.gguf", base=tiny("llama").config)
+    to_gguf(value, tmp_path / "a.gguf", base=tiny("llama").config)
     field = gguf.GGUFReader(tmp_path / "a.gguf").fields["adapter.alora.invocation_tokens"]
     assert field.contents() == [5, 6]
-    text = str(build_card(value, "user/a"))
+    text = card.update(None, value, repo_id="user/a", base_model="user/base")
     assert "[5, 6]" in text
     assert "vllm serve" not in text
 
@@ -539,6 +548,8 @@ def test_calls_that_do_not_say_where(tiny):
 
 
 def test_it_cannot_be_merged(tiny, tmp_path):
+    from hf_lora.export import merge_to_folder
+
     model = made(tiny("llama"))
     model.train_lora([])
     made(model, "plain", 1, None)
@@ -551,6 +562,6 @@ def test_it_cannot_be_merged(tiny, tmp_path):
     model.save_lora(tmp_path / "adapter", "default")
     tiny("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(LoRAUnsupportedError, match="aLoRA cannot be merged"):
-        hf_lora.LoRAAdapter.load(tmp_path / "adapter").merge_and_save(tmp_path / "base", tmp_path / "out")
+        merge_to_folder(hf_lora.LoRAAdapter.load(tmp_path / "adapter"), tmp_path / "out", base=tmp_path / "base")
     model.merge_lora("plain")  # what is beside it can
     model.unmerge_lora()
