@@ -322,11 +322,8 @@ class _Hook:
         if self.state.traced_reach is not None:
             return
         if offsets is not None:
-            raise LoRAUnsupportedError(
-                f"{OFFSETS} cannot be given to a compiled model.",
-                name=OFFSETS,
-                remedy="Give input_ids, use generate(), or call the model uncompiled.",
-            )
+            compiled = "Compile the model itself, torch.compile(model), or give input_ids."
+            _refuse_traced(f"{OFFSETS} cannot be given to a model that is called within a compiled function.", compiled)
         ids, size = _tokens(given), _size(given)
         if size is None:
             return
@@ -464,6 +461,12 @@ def _columns(active: Active, counts: Counts, rows: int, length: int, width: int,
     return columns.to(device)
 
 
+@torch.compiler.assume_constant_result
+def _refuse_traced(what: str, remedy: str) -> None:
+    """Raise while a graph is traced, from outside the code that is traced."""
+    raise LoRAUnsupportedError(what, name=_FIELD, remedy=remedy)
+
+
 @torch.library.custom_op("hf_lora::reach", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _reach_op(x: Tensor, ids: bool, past: int, past_tensor: Tensor | None, uid: int, width: int) -> Tensor:
     active, length = LoRAState.current_of(uid), x.shape[1]
@@ -518,11 +521,8 @@ def mask_compiled(x: Tensor, state: LoRAState, slots: Tensor, *, flat: bool) -> 
     else:
         positions = x.shape[1] if x.dim() > 2 else traced.length if flat else 1
         if x.dim() > 2 and positions not in (traced.length, traced.kept):
-            raise LoRAUnsupportedError(
-                f"An aLoRA has factors in a layer that was given {positions} positions of {traced.length}.",
-                name=_FIELD,
-                remedy="Leave this layer out of target_modules, or give logits_to_keep as a number.",
-            )
+            remedy = "Leave this layer out of target_modules (logits_to_keep has to be a number, if it is a head)."
+            _refuse_traced("An aLoRA has factors in a layer that is not given the tokens of the rows.", remedy)
         mask = _within(traced.reach, positions).transpose(1, 2)  # (N, T, width)
         mask = mask if x.dim() > 2 else mask.reshape(-1, width)
     chosen = slots.clamp(max=width - 1)
