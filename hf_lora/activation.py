@@ -286,7 +286,7 @@ class _Hook:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             self._trace(module, {**kwargs, **dict(zip(self.names, args, strict=False))}, kwargs.get(OFFSETS))
             return None
-        return torch.compiler.disable(self.enter)(module, args, kwargs)
+        return self.enter(module, args, kwargs)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read where the aLoRAs act, and let the layers see it; the arguments that are the forward's, if others are."""
@@ -310,7 +310,7 @@ class _Hook:
             if traced is not None and traced.module is module:
                 self.state.traced_reach = None
             return
-        torch.compiler.disable(self.leave)(module)
+        self.leave(module)
 
     def leave(self, module: nn.Module) -> None:
         """Forget it again."""
@@ -343,6 +343,8 @@ def _leave_uncompiled() -> None:
     """
     from torch._dynamo.decorators import skip  # a model of transformers has imported it
 
+    for name in ("enter", "leave"):
+        setattr(_Hook, name, torch.compiler.disable(getattr(_Hook, name)))
     for method in (_Hook.before, _Hook.after):
         skip(method)
         vars(method).pop("_torchdynamo_disable", None)  # within a graph they are traced
