@@ -179,13 +179,13 @@ def test_the_bases_cache_serves_before_the_invocation(tiny):
         assert torch.equal(mine.values[:, :, :4], theirs.values[:, :, :4])
         assert not torch.equal(mine.keys[:, :, 4:], theirs.keys[:, :, 4:])
     with model.no_lora():
-        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+        cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
     copied = copy.deepcopy(cache)
-    agrees(logits(model, {"input_ids": ids[:, 4:], "past_key_values": cache}), whole.logits[:, 4:])
+    agrees(logits(model, {"input_ids": ids[:, 3:], "past_key_values": cache}), whole.logits[:, 3:])
     # generate goes on from it, whether it is given the whole prompt or the rest
     expected = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     mask = torch.ones_like(ids)
-    for given in (ids, ids[:, 4:]):
+    for given in (ids, ids[:, 3:]):
         out = model.generate(
             input_ids=given, attention_mask=mask, past_key_values=copy.deepcopy(copied), max_new_tokens=4,
             do_sample=False, pad_token_id=0,
@@ -246,6 +246,24 @@ def test_what_the_model_writes_invokes_nothing(tiny):
         out = model.generate(input_ids=ids, use_cache=cached, **settings)
         assert out[0, 9:11].tolist() == list(TOKENS)
         assert torch.equal(out, tiny("llama").generate(input_ids=ids, **settings))
+
+
+def test_a_state_without_a_length(tiny):
+    """Mamba's cache does not say how many tokens it has seen."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.5)
+    config.tie_word_embeddings, config.pad_token_id = False, 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = MambaForCausalLM(config).eval()
+    model, ids = made(copy.deepcopy(base), target_modules=["in_proj", "x_proj"]), prompts()
+    settings = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    plain = base.generate(**settings)
+    expected = written_out(base, model.lora_adapter("default"), starts_in(ids)).generate(use_cache=False, **settings)
+    assert not torch.equal(plain, expected)
+    for cached in (True, False):
+        assert torch.equal(model.generate(use_cache=cached, **settings), expected)
 
 
 def test_offsets_say_it_where_tokens_do_not(tiny):
@@ -313,6 +331,23 @@ def test_each_row_of_a_route_is_that_row_alone(tiny, trained):
     agrees(uniform, logits(model, {"input_ids": ids}))
     with pytest.raises(LoRARouteError), model.route_lora(["one", "plain"]):
         model(input_ids=ids)
+
+
+def test_beside_an_adapter_of_a_vision_tower():
+    from rowscenes import llava
+
+    scene = llava()
+    model, route = scene.model, ["eyes", "judge", "judge"]
+    made(model, "eyes", 0, None, target_modules=r".*vision_tower.*q_proj")
+    made(model, "judge", 1, target_modules=r".*language_model.*\.[qv]_proj")
+    scene.batch["input_ids"][1:, -3:-1] = torch.tensor(TOKENS)  # the rows alone are views of it
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with model.route_lora(route):
+        routed, written = logits(model, scene.batch), model.generate(**scene.batch, **settings)
+    for i, name in enumerate(route):
+        with model.use_lora(name):
+            agrees(routed[i], logits(model, scene.alone[i])[0])
+            assert torch.equal(written[i], model.generate(**scene.alone[i], **settings)[0])
 
 
 def test_mixtures_add_up(tiny):
