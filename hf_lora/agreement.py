@@ -54,11 +54,27 @@ def check_adapters(adapters: Any, *, force: bool) -> None:
             )
         adapter.config.require_supported()
         refuse_extras(adapter, "A combination")
+    _check_invocations(adapters)
     check_finite({f"adapter {i}, {path}": f for i, one in enumerate(adapters) for path, f in one.factors.items()})
     _check_shapes(adapters)
     _check_layers(adapters)
     if not force:
         _check_base(adapters)
+
+
+def _check_invocations(adapters: Sequence[AdapterValue]) -> None:
+    """Adapters that are aLoRAs add up where all act from the same tokens on."""
+    first = adapters[0].config.alora_invocation_tokens
+    for number, adapter in enumerate(adapters):
+        tokens = adapter.config.alora_invocation_tokens
+        if tokens != first:
+            raise LoRAMismatchError(
+                f"Adapter 0 acts from the tokens {first} on, adapter {number} from {tokens} (None: everywhere).",
+                name="alora_invocation_tokens",
+                value=tokens,
+                expected=first,
+                remedy="Mix them on the model: set_lora({...}); or combine adapters of the same invocation.",
+            )
 
 
 def check_weights(weights: Any, count: int) -> list[float]:

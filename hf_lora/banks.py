@@ -30,6 +30,7 @@ class Slot:
     trainable: bool = False
     blocks: tuple[Any, ...] = ()  # the fused layer's (role, rows) that the pair is made of; () for the whole layer
     bias: bool = False  # whether it adds to the output what depends on no input
+    invoked: bool = False  # whether it acts only from its invocation on (aLoRA)
     extras: tuple[str, ...] = ()  # the vectors of its variants, `extras.EXTRAS`
     gain: bool = False  # whether it multiplies the output
     extra_rank: int = 0  # what stands in the banks beyond R: a variant's change of W that dropout does not reach
@@ -103,6 +104,7 @@ class LoRABanks(nn.Module):
     bank_bias: Tensor
     bank_gain: Tensor
     gained: bool  # whether any of them needs the layer's own output, to multiply it or to put another one there
+    invoked: bool  # whether any of them is an aLoRA
     base: type[nn.Module]  # the class that the layer had
     present: Tensor
     _squares: Tensor | None  # ‖W‖² of each row, (out,), once a variant has asked for it
@@ -123,7 +125,8 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={}, fresh=False, gained=False, _squares=None, _squares_of=None, _tails={})
+        vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False)
+        vars(self).update(_squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
             bank_A=empty.view(0, 0, in_features),
@@ -210,6 +213,7 @@ class LoRABanks(nn.Module):
     def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
         self.gained = self.gained or slot.gain or bool(slot.rounded)
+        self.invoked = self.invoked or slot.invoked
 
     def hold_rounded(self, index: int, key: str, make: Callable[[], Tensor]) -> None:
         """Let another weight stand for the layer's under an adapter; those of one key share it.
@@ -256,6 +260,7 @@ class LoRABanks(nn.Module):
             if slot.gain:
                 self.bank_gain[index].zero_()
         self.gained = any(held.gain or held.rounded for held in self.slots.values())
+        self.invoked = any(held.invoked for held in self.slots.values())
         if slot.rounded and all(held.rounded != slot.rounded for held in self.slots.values()):
             self._buffers.pop(slot.rounded, None)
             self._non_persistent_buffers_set.discard(slot.rounded)

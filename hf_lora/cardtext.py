@@ -218,6 +218,8 @@ class AdapterFacts:
         fits = next((most for most in _VLLM_RANKS if most >= rank), None)
         if self.task[1] != "text-generation":
             return []
+        if value.config.alora_invocation_tokens is not None:
+            return ["vLLM does not serve it: its LoRA acts on every token, this one from its invocation tokens on."]
         if value.biases or value.modules or asked_for(value.config) or forms_asked(value.config) or fits is None:
             return ["vLLM does not serve it as a LoRA: it holds more than factors of up to rank 512. Merge it first."]
         where, fetch = self.repo_id, ""
@@ -243,6 +245,11 @@ class AdapterFacts:
             ["target modules", shown],
             ["layers", str(len(factors))],
             *([["variants", ", ".join(map(code, variants))]] if variants else []),
+            *(
+                [["acts from", f"the token ids {code(list(config.alora_invocation_tokens))} on (aLoRA)"]]
+                if config.alora_invocation_tokens
+                else []
+            ),
             ["dropout", _number(config.dropout)],
             ["biases trained", code(config.bias)],
             ["modules trained whole", ", ".join(map(code, sorted(value.modules))) or "none"],

@@ -79,6 +79,7 @@ _OWN = {
     "use_bdlora": "use_bdlora",
     "use_qalora": "use_qalora",
     "qalora_group_size": "qalora_group_size",
+    "alora_invocation_tokens": "alora_invocation_tokens",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -194,6 +195,8 @@ class LoRAConfig:
             "target_modules_bd_b": […]}, lists of what layers' names hold; "match_strict": False leaves others plain.
         use_qalora: A reads the mean of each `qalora_group_size` inputs (QA-LoRA).
         qalora_group_size: see `use_qalora`.
+        alora_invocation_tokens: act from the last occurrence of these token ids in a row on, and be the base before it
+            and in rows without them (aLoRA); None acts everywhere.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
@@ -219,8 +222,8 @@ class LoRAConfig:
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
     (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
-    2024 (arXiv:2412.06071); BD-LoRA: Wang et al. 2025 (arXiv:2510.23346); QA-LoRA: Xu et al. 2023
-    (arXiv:2309.14717).
+    2024 (arXiv:2412.06071); aLoRA: Greenewald et al. 2025 (arXiv:2504.12397); BD-LoRA: Wang et al. 2025
+    (arXiv:2510.23346); QA-LoRA: Xu et al. 2023 (arXiv:2309.14717).
     """
 
     r: int = 8
@@ -234,6 +237,7 @@ class LoRAConfig:
     use_bdlora: Mapping[str, Any] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
+    alora_invocation_tokens: Sequence[int] | None = None
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
@@ -277,6 +281,7 @@ class LoRAConfig:
         put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
         put("use_bdlora", fields.block_diagonal(self.use_bdlora))
         fields.integer("qalora_group_size", self.qalora_group_size, least=2 if self.use_qalora else 1)
+        put("alora_invocation_tokens", fields.token_ids("alora_invocation_tokens", self.alora_invocation_tokens))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
 

@@ -177,6 +177,15 @@ def layer_names(value: Any) -> str | tuple[str, ...] | None:
     return value if isinstance(value, str) else names
 
 
+def token_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    """None, or token ids: a non-empty list of integers of 0 or more."""
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise wrong(name, value, "a non-empty list of token ids")
+    return tuple(integer(f"{name}[{i}]", item, least=0) for i, item in enumerate(value))
+
+
 def numbers(name: str, value: Any, keys: tuple[str, ...]) -> FrozenMapping[str, float] | None:
     """None, or a read-only map from some of `keys` to numbers of 0 or more."""
     if value is None:

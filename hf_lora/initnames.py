@@ -88,6 +88,10 @@ APART: dict[str, tuple[frozenset[str], str]] = {
         "with σ between A and B this start is not what it is for",
     ),
     "use_dora": (frozenset({"loftq"}), "neither says which weight the magnitudes are of"),
+    "alora_invocation_tokens": (
+        frozenset({"loftq"}),
+        "before the invocation the layer is the base, which is not rounded",
+    ),
     "lora_bias": (frozenset({"loftq"}), "PEFT does not have them together, either"),
     "use_bdlora": _COMPACT,
     "use_qalora": _COMPACT,

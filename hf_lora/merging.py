@@ -27,7 +27,7 @@ from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
-from .values import AdapterValue, Factors
+from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
 from .weights import mergeable
 from .workers import each
@@ -105,8 +105,10 @@ def merged_lora(model: nn.Module, which: Which = None, *, untie: bool = False, v
 def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) -> None:
     """Raise `LoRAUnsupportedError` if a merge of `active` cannot write what it changes.
 
-    That is a weight that is quantised, offloaded or tied, or a bias that the layer does not have.
+    That is a weight that is quantised, offloaded or tied, a bias that the layer does not have, or an aLoRA's.
     """
+    for entry in active.entries:
+        refuse_invoked(entry.record.config)
     for path in _layers(active):
         mergeable(model.get_submodule(path), path)
     for path in _offsets(active):

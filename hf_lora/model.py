@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activation import hook_activation, refuse_activation, unhook_activation
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .extras import EXTRAS
@@ -138,6 +139,7 @@ def _add(
     found = resolve(model, config)
     require_data(config, data)
     refuse_embeddings(config, found.targets)
+    refuse_activation(model, config, {t.path: t.info.kind for t in found.targets}, [config.bias, *found.heads])
     _require_putable(model, name, replace, state_of(model), modules_of(model))  # before hours of looking at data
     found, seen = _look(model, config, found, data)
     value = initial_value(model, config, found, seen)
@@ -222,10 +224,12 @@ def _put(
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
     reshard(model)
     plan = make_plan(model, value, state, complete=complete, finite=finite, modules=modules)
+    kinds = {path: factors.kind for path, factors in value.factors.items()}
+    refuse_activation(model, value.config, kinds, [*value.biases, *value.modules], plan.row_maps)
     fresh = state is None
     state = _attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
-        entry = Entry(name, state.free_slot(), trainable)
+        entry = Entry(name, state.free_slot(), trainable, tuple(value.config.alora_invocation_tokens or ()))
         resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
         entry.record = resident
         try:
@@ -319,6 +323,10 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
     """Put the value into the layers. Returns whether they now hold every bit of it."""
     rslora, still = value.config.use_rslora, INITS[value.config.init_method].still
     held, rounding = not (value.biases or value.modules or value.embeddings), rounding_of(value.config)
+    invoked = value.config.alora_invocation_tokens is not None
+    if invoked:
+        hook_activation(model, state)
+        state.reach_width = max(state.reach_width, 2 + (entry.slot | 1))
     for path, factors in value.factors.items():
         module = plan.modules[path]
         slots = _slots(model, state, module, path, plan)
@@ -331,6 +339,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             entry.trainable,
             blocks=tuple((block.role, block.rows) for block in factors.blocks),
             bias=bias is not None,
+            invoked=invoked,
             anchored=factors.anchored,
             form=factors.form,
             still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
@@ -526,6 +535,7 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     unhook_row_maps(model)
     restore_layers(model)
+    unhook_activation(model)
 
 
 def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[str, nn.Module]) -> None:
@@ -665,6 +675,8 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
 def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
     problems = [f"{path}: not in the file" for path in have.factors.keys() - value.factors.keys()]
     problems += [f"{path}: not on the model" for path in value.factors.keys() - have.factors.keys()]
+    if have.config.alora_invocation_tokens != value.config.alora_invocation_tokens:
+        problems.append(f"alora_invocation_tokens: {value.config.alora_invocation_tokens} in the file")
     for path in have.factors.keys() & value.factors.keys():
         mine, other = have.factors[path], value.factors[path]
         if (mine.A.shape, mine.B.shape, mine.blocks) != (other.A.shape, other.B.shape, other.blocks):

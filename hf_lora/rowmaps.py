@@ -25,7 +25,7 @@ from .routing import batch_of
 from .rowsources import MAPPED, Rows, read, refuse
 from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed, tracing
 
-__all__ = ["hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
+__all__ = ["argument_names", "hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ class _Hook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not tracing() and self.state.current.rows is not None:
             of: Any = type(module)
-            self.enter(module, {**kwargs, **dict(zip(_names(of), args, strict=False))})
+            self.enter(module, {**kwargs, **dict(zip(argument_names(of), args, strict=False))})
 
     def enter(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         """Read the maps that the route needs in the module."""
@@ -139,7 +139,7 @@ def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _names(of: Any) -> list[str]:
+def argument_names(of: Any) -> list[str]:
     """Names of the forward's positional arguments."""
     return list(inspect.signature(of.forward).parameters)[1:]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, fused
+from .activation import acted, mask_compiled, reach_of
 from .banks import LoRABanks, Slot, block_index
 from .dropout import dropout as dropped_out
 from .routing import rows_of, unflattened
@@ -62,6 +64,8 @@ class LoRASlots(LoRABanks):
         if tracing():
             return self._add_compiled(x, output, base)
         active = self.state.current
+        if self.invoked and active.invoked:
+            return self._add_activated(x, output, base, active)
         if active.rows is not None:
             return self._add_routed(x, output, base, active)
         origin = output
@@ -87,7 +91,8 @@ class LoRASlots(LoRABanks):
         for entry, weight in self.state.current.mixture:
             slot = self.slots.get(entry.check().slot)
             if slot is not None:
-                if found is not None or not slot.trainable or not slot.rank or slot.bias or slot.extras:
+                plain = slot.trainable and slot.rank and not (slot.bias or slot.extras or slot.invoked)
+                if found is not None or not plain:
                     return None
                 if slot.form is not None and slot.form.pooled:  # what it keeps for the backward is narrower than x
                     return None
@@ -200,7 +205,7 @@ class LoRASlots(LoRABanks):
 
     def _in_place(self) -> bool:
         """Whether the base's output is a new tensor that nobody needs any more, autograd included."""
-        return self.fresh and not self.gained and not torch.is_grad_enabled()
+        return self.fresh and not (self.gained or self.invoked) and not torch.is_grad_enabled()
 
     def _fused(self, x: Tensor, output: Tensor, index: int, dropout: float) -> tuple[Tensor, Tensor] | None:
         """The frozen pair, where product and sum are one operation: nothing to cast, nothing dropped."""
@@ -238,6 +243,46 @@ class LoRASlots(LoRABanks):
 
     def _trainable(self) -> Iterator[tuple[int, Slot]]:
         return ((index, slot) for index, slot in self.slots.items() if slot.trainable)
+
+    # ---- from an invocation on ---------------------------------------------------------------------------------------
+
+    def _add_activated(self, x: Tensor, output: Tensor, base: nn.Module, active: Active) -> Tensor:
+        """The same where an active adapter, here or in another layer, acts from its invocation on alone."""
+        reach, shape = reach_of(active), output.shape
+        if x.dim() == 2:  # (B·T, in), or one position of each row
+            one = self.row_map == "batch"
+            x, output = (t[:, None] if one else t.reshape(reach.rows, -1, t.shape[-1]) for t in (x, output))
+        origin, learns = output, torch.is_grad_enabled()
+        if active.rows is None or active.uniform:
+            for entry, weight in active.mixture or ((entry, 1.0) for entry in active.entries):
+                slot = self.slots.get(entry.check().slot)
+                if slot is not None:
+                    part = functools.partial(self._add_part, x, output, base, entry.slot, slot, weight, origin)
+                    always = learns and slot.trainable
+                    output = acted(reach, reach.of(entry), x, output, part, always=always)
+            return output.reshape(shape)
+        plan = self._planned(active)
+        if plan.rows:
+            counts = tuple(0 if e is None else reach.of(e)[i] for i, e in enumerate(active.rows))
+            part = functools.partial(self._add_planned_part, x, output, base, plan)
+            output = acted(reach, counts, x, output, part, always=learns and bool(plan.trained))
+        return output.reshape(shape)
+
+    def _add_part(
+        self,
+        x: Tensor,
+        output: Tensor,
+        base: nn.Module,
+        index: int,
+        slot: Slot,
+        weight: float,
+        origin: Tensor,
+        at: slice,
+    ) -> Tensor:
+        return self._add_one(x[:, at], output[:, at], base, index, slot, weight, origin[:, at])
+
+    def _add_planned_part(self, x: Tensor, output: Tensor, base: nn.Module, plan: _Plan, at: slice) -> Tensor:
+        return self._add_planned(x[:, at], output[:, at], base, plan)
 
     # ---- a route -----------------------------------------------------------------------------------------------------
 
@@ -383,6 +428,11 @@ class LoRASlots(LoRABanks):
         row_map = "inner" if self.kind == "embedding" and x.dim() == 1 else "flat" if row_map == "windows" else row_map
         plain = traced is not None and row_map == "batch"
         slots, weights = traced if plain and traced is not None else active_rows(x, self.state, row_map)
+        if self.invoked:
+            acts = mask_compiled(x, self.state, slots, flat=row_map == "flat")
+            if x.dim() > 2:
+                return self._add_compiled_activated(x, output, base, slots, weights[:, None] * acts)
+            weights = weights * acts
         ones, origin = [1] * (output.dim() - 1), output
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
@@ -407,6 +457,31 @@ class LoRASlots(LoRABanks):
         if self.bank_bias.shape[0]:
             output = output + _bias_rows(_chosen(self.bank_bias, slots, weights), output, base)
         return output
+
+    def _add_compiled_activated(
+        self, x: Tensor, output: Tensor, base: nn.Module, slots: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The same with a weight for each position. x: (N, T, …, in). slots: (N, K). weights: (N, T, K)."""
+        shape, origin = output.shape, output
+        for index, slot in self._trainable():
+            weight = (weights * (slots == index)[:, None]).sum(-1).view(*x.shape[:2], *[1] * (x.dim() - 2))
+            output = self._add_one(x, output, base, index, slot, weight.to(output.dtype), origin)
+        for bank, by in ((self.bank_gain, origin), (self.bank_bias, None)):
+            if bank.shape[0]:
+                within = weights * (slots < bank.shape[0])[:, None]
+                vectors = torch.bmm(within.to(bank.dtype), bank[slots.clamp(max=bank.shape[0] - 1)])  # (N, T, out)
+                vectors = vectors.to(output.dtype).view(*x.shape[:2], *[1] * (x.dim() - 3), -1)
+                output = output + vectors if by is None else torch.addcmul(output, by, vectors)
+        if not self.bank_A.shape[0]:
+            return output
+        here = self.present[slots.clamp(max=self.present.shape[0] - 1)]
+        places = torch.where(here, slots, 0)
+        A, B = self.bank_A[places].flatten(1, 2), self.bank_B[places].flatten(1, 2)  # (N, K·R, in), (N, K·R, out)
+        flat, dtype = x.flatten(1, -2), x.dtype
+        acts = (weights * here[:, None]).repeat_interleave(self.bank_A.shape[1], -1)  # (N, T, K·R)
+        acts = acts.repeat_interleave(flat.shape[1] // x.shape[1], 1) if x.dim() > 3 else acts
+        h = torch.bmm(flat, A.to(dtype).transpose(1, 2)) * acts.to(dtype)
+        return output + torch.bmm(h, B.to(dtype)).view(shape).to(output.dtype)
 
     def extra_repr(self) -> str:
         """Kind, sizes and ranks, for `print(model)`."""

@@ -43,6 +43,7 @@ class Entry:
     name: str
     slot: int
     trainable: bool
+    invocation: tuple[int, ...] = ()  # the token ids from which on it acts (aLoRA); () for everywhere
     record: Any = field(
         default=None, repr=False
     )  # what the model room keeps of it: config, and the value of a frozen adapter
@@ -74,11 +75,14 @@ class Active:
     plans: tuple[dict[Any, Any], dict[Any, Any]] = field(init=False, repr=False)  # of a route, by layer
     uniform: bool = field(init=False, repr=False)  # all rows take the same: nobody needs to know which is which
     maps: Any = field(default=None, repr=False)  # the row maps of the forward that is running (see `rowmaps`)
+    invoked: bool = field(init=False, repr=False)  # whether one of them acts only from its invocation on
+    reach: Any = field(default=None, repr=False)  # from where on, in this forward or generate (see `activation`)
 
     def __post_init__(self) -> None:
         named = (e for e, _ in self.mixture) if self.rows is None else (e for e in self.rows if e is not None)
         self.entries = tuple(dict.fromkeys(named))
         self.uniform = self.rows is not None and len(set(self.rows)) == 1
+        self.invoked = any(entry.invocation for entry in self.entries)
         # A tensor made under inference_mode cannot take part in autograd later: each mode has its own.
         self.plans = ({}, {})
 
@@ -90,7 +94,14 @@ class Active:
 
     def mapped(self, maps: Any) -> Active:
         """The same with row maps; what was gathered is shared."""
-        other = Active(self.mixture, self.rows, self.cache, maps)
+        return self._with(maps, self.reach)
+
+    def reaching(self, reach: Any) -> Active:
+        """The same, with from where on each aLoRA acts; what was gathered is shared."""
+        return self._with(self.maps, reach)
+
+    def _with(self, maps: Any, reach: Any) -> Active:
+        other = Active(self.mixture, self.rows, self.cache, maps, reach)
         other.plans = self.plans
         return other
 
@@ -116,6 +127,8 @@ class LoRAState:
         self.blocks = 0  # open use_lora, no_lora and route_lora blocks, in whatever thread
         self.facts: dict[str, Any] = {}  # what other rooms keep of this model (what trained before, say)
         self.traced: tuple[Tensor, Tensor] | None = None  # while tracing: what a checkpointed region was entered with
+        self.traced_reach: Any = None  # while tracing: from where on the aLoRAs act in this forward
+        self.reach_width = 0  # slots that may hold an aLoRA, and one for all others
         self._register()
 
     def _register(self) -> None:
@@ -125,10 +138,10 @@ class LoRAState:
 
     # A copy of a model (deepcopy, pickle, torch.save) is another model: same adapters, its own state.
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("uid", "lock", "traced", "blocks")}
+        return {k: v for k, v in vars(self).items() if k not in ("uid", "lock", "traced", "traced_reach", "blocks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, traced=None, blocks=0)
+        vars(self).update(state, traced=None, traced_reach=None, blocks=0)
         self._register()
 
     @property
@@ -142,6 +155,12 @@ class LoRAState:
     def overridden(self) -> bool:
         """Whether a `use_lora`, `no_lora` or `route_lora` is open in this call chain."""
         return self.uid in _OVERRIDES.get()
+
+    @staticmethod
+    def current_of(uid: int) -> Active:
+        """What is active in this call chain on the model with this state."""
+        state = _STATES.get(uid)
+        return NOTHING if state is None else state.current
 
     def entry(self, name: str) -> Entry:
         """The adapter of this name. Raises `LoRANameError`."""
@@ -252,6 +271,12 @@ class LoRAState:
                 value=len(active.rows),
                 remedy="Run the rows of each adapter as a batch of their own with use_lora(), or route on one device.",
             )
+        if active.invoked:
+            raise LoRARouteError(
+                "An aLoRA cannot be used with DataParallel: its replicas do not see where it was invoked.",
+                name="alora_invocation_tokens",
+                remedy="Use DistributedDataParallel, or one device.",
+            )
         state = copy.copy(self)
         state.default = active
         return state
@@ -292,8 +317,7 @@ def tracing() -> bool:
 
 @torch.library.custom_op("hf_lora::active", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _active_op(x: Tensor, uid: int, width: int, row_map: str) -> tuple[Tensor, Tensor]:
-    state = _STATES.get(uid)
-    active = NOTHING if state is None else state.current
+    active = LoRAState.current_of(uid)
     flat = row_map == "flat"
     for entry in active.entries:
         entry.check()

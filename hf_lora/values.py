@@ -486,5 +486,16 @@ def refuse_replicated(value: AdapterValue, what: str) -> None:
         )
 
 
+def refuse_invoked(config: LoRAConfig) -> None:
+    """Raise `LoRAUnsupportedError` if it is an aLoRA's, which no change of a weight stands for."""
+    if config.alora_invocation_tokens is not None:
+        raise LoRAUnsupportedError(
+            "An aLoRA cannot be merged: it acts from its invocation tokens on, and a weight everywhere.",
+            name="alora_invocation_tokens",
+            value=config.alora_invocation_tokens,
+            remedy="Run it unmerged: set_lora(), use_lora() or route_lora().",
+        )
+
+
 def _same(mine: Tensor, theirs: Tensor) -> bool:
     return mine.dtype == theirs.dtype and torch.equal(mine, theirs)

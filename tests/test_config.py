@@ -218,7 +218,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
         *[{"init_lora_weights": name} for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "new")],
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
-        {"alora_invocation_tokens": [1]},
         {"monteclora_config": {"num_samples": 8}},
         {"arrow_config": {"top_k": 3}},
         {"ensure_weight_tying": True},

@@ -51,8 +51,9 @@ TABLE: dict[str, str] = {
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",
+    "activation": "errors layerinfo rowmaps state",
     "banks": "extras forms functional state variants",
-    "slots": "banks dropout functional fused routing rowmaps state variants",
+    "slots": "activation banks dropout functional fused routing rowmaps state variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
@@ -78,7 +79,7 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
@@ -93,7 +94,7 @@ TABLE: dict[str, str] = {
     "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
+    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501

@@ -18,6 +18,7 @@ from hf_lora.errors import LoRAError, LoRAUnsupportedError
 
 # What is computed: fields that PEFT's file is made with, and is then compared with.
 COMPUTED: dict[str, dict[str, Any]] = {
+    "alora_invocation_tokens": {"alora_invocation_tokens": [3, 4]},
     "alpha_pattern": {"alpha_pattern": {"q_proj": 3}},
     "bias": {"bias": "all"},
     "corda_config": {"corda_config": {"corda_method": "kpm"}},
@@ -69,7 +70,6 @@ WRITTEN: dict[str, Any] = {
 }
 # What is refused: a value, and the field that the error names if it is another.
 REFUSED: dict[str, Any] = {
-    "alora_invocation_tokens": [3, 4],
     "arrow_config": {"top_k": 2},
     "ensure_weight_tying": True,
     "monteclora_config": {"num_samples": 4},
@@ -105,9 +105,12 @@ def made(peft, model, fields):
 )
 def test_a_file_computes_what_peft_computes(tiny, batch, peft, tmp_path, name, fields):
     family, targets = BASES.get(name, ("llama", ["q_proj", "v_proj"]))
+    inputs = batch(tiny(family))
+    if name == "alora_invocation_tokens":
+        fields = {name: inputs["input_ids"][0, 2:4].tolist()}
     theirs = made(peft, tiny(family), {"target_modules": targets, **fields})
-    inputs = batch(theirs)
     expected = logits(theirs, inputs)
+    assert (logits(tiny(family), inputs) - expected).abs().max() > 1e-3 * expected.abs().max()  # else it says nothing
     theirs.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written[name] != PEFT_DEFAULTS[name] or name == "loftq_config"  # which PEFT drops where it is not used

@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +143,8 @@ def to_gguf(
         a, b = _stored(layer, factors, names[layer], form, config, ratio)
         tensors |= {f"{names[layer]}.weight.lora_a": a, f"{names[layer]}.weight.lora_b": b}
     _refuse_overflow(tensors, dtype)
-    written = _write(out, tensors, form, alpha, dtype, hub_id(adapter.config.base_model))
+    invocation = adapter.config.alora_invocation_tokens or ()
+    written = _write(out, tensors, form, alpha, dtype, hub_id(adapter.config.base_model), invocation)
     return GGUFReport(out, form.name.lower(), alpha, rescaled, len(tensors), written, dtype)
 
 
@@ -265,7 +266,15 @@ def _stored(path: str, factors: Factors, name: str, form: _Form, config: Any, ra
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], form: _Form, alpha: float, dtype: str, base: str | None) -> int:
+def _write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    form: _Form,
+    alpha: float,
+    dtype: str,
+    base: str | None,
+    invocation: Sequence[int],
+) -> int:
     import gguf
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -277,6 +286,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], form: _Form, alpha: float,
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if invocation:  # an aLoRA
+            kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+            writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(invocation), *kinds)
         writer.add_name(path.stem)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
         if base is not None:

@@ -15,7 +15,7 @@ from ..errors import LoRAConfigError, LoRAError, LoRAMismatchError, LoRAUnsuppor
 from ..fitting import make_plan
 from ..integrations.checkpoint_keys import Placed, auto_classes, dtype_of_keys, map_keys, meta_model, missing_is_fine
 from ..layerinfo import describe_layer, modules_of
-from ..values import AdapterValue, Factors
+from ..values import AdapterValue, Factors, refuse_invoked
 from .base import BaseFiles, Stored
 from .shards import Spec
 
@@ -106,6 +106,7 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
         LoRAUnsupportedError: a tensor that the adapter changes has no place of its own in the files; the message
             says what to do instead.
     """
+    refuse_invoked(value.config)
     config = _config(base)
     _set_labels(value, config)
     dtype = _dtype(base, config) if dtype is None else dtype

@@ -2,7 +2,8 @@
 
 Beams and several sequences for each prompt make n·k rows of n, once inside `generate`: until then (the encoder) the
 route is the user's, from then on each entry stands k times. No size is guessed: what counts is the k that
-`_expand_inputs_for_generation` is called with. The route is the user's again when `generate` ends.
+`_expand_inputs_for_generation` is called with. The route is the user's again when `generate` ends. Where an aLoRA
+begins is found in the prompt, once, and holds for every step; what the model writes is not looked through.
 
 Continuous batching runs on a thread of its own, which sees what was active where its manager was made; it packs
 several requests into one row, so that a route is refused.
@@ -20,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from ..activation import OFFSETS, Starts, starts_of, state_at
 from ..errors import LoRARouteError, LoRAStateError
 from ..layers import LoRAHead, LoRALinear
 from ..model import state_of
@@ -46,11 +48,14 @@ class _Call:
     def expand(self, size: int) -> None:
         """From here to the end of the call each row stands `size` times, one after another."""
         for state in self.states:
-            route = state.current
-            expanded = route.cache.get(("expanded", size))  # what it gathers serves the next call too
-            if expanded is None:
-                expanded = Active(rows=tuple(row for row in route.rows or () for _ in range(size)))
-                route.cache["expanded", size] = expanded
+            route = expanded = state.current
+            if route.rows is not None:
+                key = ("expanded", size)
+                if key not in route.cache:  # what it gathers serves the next call too
+                    route.cache[key] = Active(rows=tuple(row for row in route.rows for _ in range(size)))
+                expanded = route.cache[key]
+            if isinstance(route.reach, Starts):
+                expanded = expanded.reaching(route.reach.repeated(size))
             self.stack.enter_context(state.override(expanded))
 
 
@@ -87,14 +92,20 @@ def _wrap(registry: Registry, cls: type) -> None:
 def _generate(stock: Method) -> Method:
     @functools.wraps(stock)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        states = _among(routed(), self)
-        if not states and _CALL.get() is None:
+        states, told = _among(routed(), self), state_at(self)
+        invoked = told is not None and told.current.invoked and told.current.reach is None  # else a generate within one
+        if not states and not invoked and _CALL.get() is None:
             return stock(self, *args, **kwargs)
         batch = batch_of(self, args[0] if args else kwargs.get("inputs"), kwargs)
         if batch is not None:
             for state in states:
                 check_rows(state.current.rows or (), batch)
         with ExitStack() as stack:
+            if told is not None and invoked:
+                starts = starts_of(told.current, args[0] if args else None, kwargs)
+                kwargs.pop(OFFSETS, None)
+                stack.enter_context(told.override(told.current.reaching(starts)))
+                states = [*states, told] if told not in states else states
             token = _CALL.set(_Call(states, stack))
             stack.callback(_CALL.reset, token)
             return stock(self, *args, **kwargs)
@@ -188,6 +199,13 @@ def _made(stock: Method) -> Method:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         state = state_of(self.model)
+        if state is not None and state.current.invoked:
+            raise LoRAStateError(
+                "An aLoRA cannot be used with continuous batching, which packs the tokens of several requests into one "
+                "row.",
+                name="alora_invocation_tokens",
+                remedy="Use generate(), which takes rows with and without an aLoRA in one batch under route_lora().",
+            )
         if state is not None and state.current.rows is not None:
             raise LoRARouteError(
                 "A route cannot be used with continuous batching, which packs the tokens of several requests into one "
