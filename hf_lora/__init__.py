@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .hub import list_adapters
     from .importers import extract_lora
     from .kasa import kasa_loss
+    from .monteclora import monteclora_loss
     from .optimizer import optimizer_groups
     from .planning import plan
     from .pool import LoRAPool
@@ -59,6 +60,7 @@ __all__ = [
     "extract_lora",
     "kasa_loss",
     "list_adapters",
+    "monteclora_loss",
     "optimizer_groups",
     "plan",
     "register",
@@ -77,6 +79,7 @@ _LATER = {
     "extract_lora": "importers",
     "kasa_loss": "kasa",
     "list_adapters": "hub",
+    "monteclora_loss": "monteclora",
     "optimizer_groups": "optimizer",
     "plan": "planning",
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from . import fields, initnames
+from . import fields, initnames, variantfields
 from .errors import LoRAConfigError, LoRAUnsupportedError
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
@@ -76,6 +76,8 @@ _OWN = {
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
     "kasa_config": "kasa_config",
+    "velora_config": "velora_config",
+    "monteclora_config": "monteclora_config",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -108,8 +110,6 @@ _NEUTRAL = frozenset(
         "qalora_group_size",
     }
 )
-# Change gradients or losses but not the forward pass: refused when an adapter is constructed, not when one is read.
-_TRAINING_ONLY = frozenset({"velora_config"})
 
 
 def _off(value: Any) -> bool:
@@ -187,6 +187,10 @@ class LoRAConfig:
         lora_bias: B has a bias of its own, which adds scaling·bias to the output.
         kasa_config: learn the singular values of the change, of a weight without its r smallest (KaSA): {} or beta and
             gamma, the weights in `hf_lora.kasa_loss`; None is off.
+        velora_config: keep a rank-1 projection of A's input for its gradient instead of the input (VeLoRA): {} or
+            num_groups, scale, init_type; None is off.
+        monteclora_config: learn how A is distributed, and draw it in each forward of training (MonteCLoRA): {} or
+            num_samples, use_entropy, dirichlet_prior, sample_scaler, kl_loss_weight; None is off.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
@@ -210,7 +214,8 @@ class LoRAConfig:
 
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
     (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
-    2024 (arXiv:2412.06071).
+    2024 (arXiv:2412.06071); VeLoRA: Miles et al. 2024 (arXiv:2405.17991); MonteCLoRA: Sengupta et al. 2024
+    (arXiv:2411.04358).
     """
 
     r: int = 8
@@ -221,6 +226,8 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     kasa_config: Mapping[str, float] | None = None
+    velora_config: Mapping[str, Any] | None = None
+    monteclora_config: Mapping[str, Any] | None = None
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
@@ -260,8 +267,11 @@ class LoRAConfig:
         )
         put("alpha_pattern", fields.pattern_map("alpha_pattern", self.alpha_pattern, fields.positive))
         put("kasa_config", fields.numbers("kasa_config", self.kasa_config, ("beta", "gamma")))
+        for name in variantfields.SETTINGS:
+            put(name, variantfields.settings(name, getattr(self, name)))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
+        variantfields.check_together(self)
 
     def _check_combinations(self) -> None:
         if self.kasa_config is not None and self.use_dora:
@@ -353,7 +363,7 @@ class LoRAConfig:
             elif constructing and name == initnames.OPTIONS.get(self.init, ("",))[0]:
                 neutral = False
             else:
-                neutral = name in _NEUTRAL or (name in _TRAINING_ONLY and not constructing) or _off(value)
+                neutral = name in _NEUTRAL or _off(value)
             if not neutral:
                 found[name] = copy.deepcopy(value)
         return found
@@ -366,7 +376,7 @@ class LoRAConfig:
         found = self.unsupported(constructing=constructing)
         if not found:
             if constructing:
-                initnames.require_together(self.init, {"freeze_a": self.freeze_a, "kasa_config": self.kasa_config})
+                initnames.require_together(self.init, {name: getattr(self, name) for name in initnames.APART})
             return
         names = ", ".join(f"{name}={value!r}" for name, value in found.items())
         remedies = [_REMEDIES[name] for name in found if name in _REMEDIES]

@@ -13,6 +13,7 @@ from .errors import LoRAConfigError
 from .fields import FrozenMapping
 
 __all__ = [
+    "APART",
     "CHANGE_BASE",
     "NAMES",
     "NEED_DATA",
@@ -73,9 +74,10 @@ _WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
 }
 
 # What a variant's field cannot begin with, and why.
-_APART: dict[str, tuple[frozenset[str], str]] = {
+APART: dict[str, tuple[frozenset[str], str]] = {
     "freeze_a": (frozenset({"mica"}), "one keeps A and the other B, so that neither factor would train"),
     "kasa_config": (CHANGE_BASE | {"mica", "orthogonal"}, "with σ between A and B this start is not what it is for"),
+    "monteclora_config": (CHANGE_BASE, "what A began as would be drawn at random, too"),
 }
 
 REMEDIES = {
@@ -95,7 +97,7 @@ def check(value: Any) -> None:
 def require_together(init: str, variants: Mapping[str, Any]) -> None:
     """Raise `LoRAConfigError` if one of the variants, fields and their values, cannot begin so."""
     for field, value in variants.items():
-        apart, why = _APART.get(field, (frozenset(), ""))
+        apart, why = APART.get(field, (frozenset(), ""))
         if method(init) in apart and value not in (None, False):
             raise LoRAConfigError(
                 f"{field} cannot be combined with init={init!r}: {why}.",

@@ -6,16 +6,18 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
-from .extras import EXTRAS, asked_for
+from .extras import EXTRAS, FORWARD, asked_for
 
-__all__ = ["AdapterValue", "Block", "Factors", "refuse_extras"]
+V = TypeVar("V", bound="AdapterValue")
+
+__all__ = ["AdapterValue", "Block", "Factors", "refuse_extras", "without_training"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Factors:
         if name not in EXTRAS:
             raise LoRAMismatchError(f"Factors have no {name!r}.", name=name, expected=tuple(EXTRAS))
         extra = EXTRAS[name]
-        size = self.rank if extra.size == "rank" else self.out_features
+        size = {"rank": self.rank, "out": self.out_features}.get(extra.size, max(tensor.numel(), 1))
         if tuple(tensor.shape) != (size,) or not tensor.is_floating_point():
             raise LoRAMismatchError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it has one floating number for each of {size}.",
@@ -128,7 +130,7 @@ class Factors:
                 expected=extra.kinds,
                 remedy=f"Leave the {self.kind} out of target_modules, or train without {extra.field}.",
             )
-        if self.blocks:
+        if self.blocks and not extra.training:
             raise LoRAUnsupportedError(
                 f"{extra.field} is for whole layers, not for slices of a fused one "
                 f"({', '.join(block.role for block in self.blocks)}).",
@@ -180,7 +182,9 @@ class Factors:
         """How many numbers were trained: in B only the rows that the blocks own."""
         rows = sum(map(len, self.blocks)) / max(len(self.blocks), 1) if self.blocks else self.B.shape[0]
         pair = self.A.numel() + int(rows * self.rank)
-        return pair // (2 if self.anchored else 1) + sum(tensor.numel() for tensor in self.extras.values())
+        return pair // (2 if self.anchored else 1) + sum(
+            tensor.numel() for name, tensor in self.extras.items() if EXTRAS[name].trains
+        )
 
     @property
     def in_features(self) -> int:
@@ -386,7 +390,7 @@ class AdapterValue:
         )
 
 
-def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = tuple(EXTRAS)) -> None:
+def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = FORWARD) -> None:
     """Raise `LoRAUnsupportedError` if there are such extras, with which B·A alone is not what the adapter computes."""
     all_factors = [value] if isinstance(value, Factors) else value.factors.values()
     for name in names:
@@ -398,6 +402,18 @@ def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str]
                 value=True,
                 remedy="Put it on its base in memory and merge_lora(); extract_lora() of that model is a plain LoRA.",
             )
+
+
+def without_training(value: V) -> V:
+    """The value without what only training reads, for a result that was not trained so."""
+    fields = {extra.field for extra in EXTRAS.values() if extra.training and extra.name in asked_for(value.config)}
+    if not fields:
+        return value
+    factors = {
+        path: dataclasses.replace(pair, extras={k: t for k, t in pair.extras.items() if not EXTRAS[k].training})
+        for path, pair in value.factors.items()
+    }
+    return dataclasses.replace(value, config=value.config.replace(**dict.fromkeys(fields)), factors=factors)
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:

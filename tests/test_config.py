@@ -225,7 +225,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
-        {"monteclora_config": {"num_samples": 8}},
         {"arrow_config": {"top_k": 3}},
         {"ensure_weight_tying": True},
         {"enable_lora": [True, False, True]},
@@ -241,13 +240,6 @@ def test_what_changes_the_computation_is_named(fields):
     name, value = next(iter(fields.items()))
     assert f"{name}={value!r}" in str(caught.value)
     assert LoRAConfig.from_peft(config.to_peft()) == config
-
-
-def test_training_asks_for_more_than_loading():
-    for fields in ({"velora_config": {"scale": 1.0}},):
-        config = LoRAConfig.from_peft({"peft_type": "LORA", **fields})
-        assert config.unsupported() == {}
-        assert config.unsupported(constructing=True) == fields
 
 
 @needs_corpus

@@ -24,7 +24,8 @@ TABLE: dict[str, str] = {
     "patterns": "errors",
     "fields": "errors patterns",
     "initnames": "errors fields",
-    "config": "errors fields initnames patterns",
+    "variantfields": "errors fields",
+    "config": "errors fields initnames patterns variantfields",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -80,6 +81,7 @@ TABLE: dict[str, str] = {
     "merging": "errors exact extras layerinfo layers model sharding state switching targeting ties values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
+    "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
     "summary": "errors extras layerinfo model slots state switching targeting values",
@@ -98,7 +100,7 @@ TABLE: dict[str, str] = {
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa optimizer planning pool registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa monteclora optimizer planning pool registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
