@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .optimizer import optimizer_groups
     from .planning import plan
     from .pool import LoRAPool
+    from .rankcallback import RankCallback
+    from .ranks import RankAllocator
     from .training import LoRACallback
 
 __all__ = [
@@ -55,6 +57,8 @@ __all__ = [
     "LoRAStateError",
     "LoRATargetError",
     "LoRAUnsupportedError",
+    "RankAllocator",
+    "RankCallback",
     "__version__",
     "combine",
     "extract_lora",
@@ -75,6 +79,8 @@ _LATER = {
     "LoRACallback": "training",
     "LoRAConfig": "config",
     "LoRAPool": "pool",
+    "RankAllocator": "ranks",
+    "RankCallback": "rankcallback",
     "combine": "arithmetic",
     "extract_lora": "importers",
     "kasa_loss": "kasa",

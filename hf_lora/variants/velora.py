@@ -101,7 +101,7 @@ class VeLoRA:
                 return inner(x, A)
             v = held["projection"].detach()
             with torch.no_grad():
-                own = v.clone()  # what the backward needs must outlive the next input
+                own = v
                 if settings["init_type"] != "random":
                     new = _average(x.detach(), len(v)).to(v.dtype)
                     own = new if settings["init_type"] == "batch_average" else torch.where(v.any(), own, new)
