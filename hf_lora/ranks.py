@@ -184,13 +184,9 @@ class RankAllocator:
                 factors[path] = dataclasses.replace(pair, A=A, B=B, alpha=alpha)
         if not factors:
             raise LoRAStateError("No part of the adapter matters, so it cannot be cut.", name=self.name)
-        config, before = value.config, self._pairs
-        if len(factors) < len(value.factors):
-            config = config.replace(
-                target_modules=sorted(factors), exclude_modules=None, layers_to_transform=None, layers_pattern=None
-            )
-        value = described(dataclasses.replace(value, config=config, factors=factors))
-        value = dataclasses.replace(value, config=value.config.replace(freeze_a=config.freeze_a))
+        freeze_a, before = value.config.freeze_a, self._pairs
+        value = described(dataclasses.replace(value, factors=factors))
+        value = dataclasses.replace(value, config=value.config.replace(freeze_a=freeze_a))
         put(self.model, value, self.name, trainable=True, replace=True)
         own = require(self.model).entry(self.name).record
         own.skipped, own.architecture, own.run = record.skipped, record.architecture, record.run
