@@ -188,6 +188,15 @@ def test_a_checkpointed_region_draws_what_it_drew(tiny, batch, reentrant, change
     close(found[1], found[0])
 
 
+def test_two_losses_before_a_backward(tiny, batch):
+    model, total = made(tiny).train(), 0
+    for seed in (0, 1):
+        inputs = batch(model, seed=seed)
+        total = total + model(**inputs, labels=inputs["input_ids"]).loss + hf_lora.monteclora_loss(model)
+    total.backward()  # the second forward did not change what the first loss was of
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
 def test_compiled():
     torch.compiler.reset()
     torch.manual_seed(0)
