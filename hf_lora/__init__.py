@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from .hub import list_adapters
     from .importers import extract_lora
     from .kasa import kasa_loss
+    from .monteclora import monteclora_loss
     from .optimizer import optimizer_groups
     from .planning import plan
     from .pool import LoRAPool
+    from .rankcallback import RankCallback
+    from .ranks import RankAllocator
     from .training import LoRACallback
 
 __all__ = [
@@ -54,11 +57,14 @@ __all__ = [
     "LoRAStateError",
     "LoRATargetError",
     "LoRAUnsupportedError",
+    "RankAllocator",
+    "RankCallback",
     "__version__",
     "combine",
     "extract_lora",
     "kasa_loss",
     "list_adapters",
+    "monteclora_loss",
     "optimizer_groups",
     "plan",
     "register",
@@ -73,10 +79,13 @@ _LATER = {
     "LoRACallback": "training",
     "LoRAConfig": "config",
     "LoRAPool": "pool",
+    "RankAllocator": "ranks",
+    "RankCallback": "rankcallback",
     "combine": "arithmetic",
     "extract_lora": "importers",
     "kasa_loss": "kasa",
     "list_adapters": "hub",
+    "monteclora_loss": "monteclora",
     "optimizer_groups": "optimizer",
     "plan": "planning",
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import agreement, fields, lowrank, sparsify
 from .errors import LoRAConfigError, LoRAMismatchError
 from .lowrank import Merge, Terms
-from .values import AdapterValue, plain, refuse_extras
+from .values import AdapterValue, plain, refuse_extras, without_training
 
 __all__ = ["Method", "combine", "factors_only", "negate", "truncate"]
 
@@ -106,7 +106,7 @@ def combine(
     }
     _check_options(method, options)
     agreement.check_adapters(adapters, force=force)
-    adapters = [plain(adapter) for adapter in adapters]
+    adapters = [plain(without_training(adapter)) for adapter in adapters]
     scales = agreement.check_weights(weights, len(adapters))
     if len(adapters) > 1 or scales[0] != 1:
         agreement.require_factors_only(adapters, "A combination")
@@ -182,6 +182,7 @@ def truncate(adapter: V, rank: int | None = None, energy: float | None = None) -
             remedy="Write truncate(rank=4) or truncate(energy=0.99).",
         )
     refuse_extras(adapter, "truncate()")
+    adapter = without_training(adapter)
     agreement.check_finite(adapter.factors)
     whole = plain(adapter)
     factors = {path: lowrank.reduced(pair, rank or pair.rank, energy) for path, pair in whole.factors.items()}

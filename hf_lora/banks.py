@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from . import functional
 from .extras import EXTRAS
 from .forms import Form
 from .state import LoRAState
-from .variants import Base, Effect, effect_of
+from .variants import Base, Effect, Narrow, effect_of, narrowing, scratch_of
 
 __all__ = ["LoRABanks", "Slot", "block_index"]
 
@@ -38,6 +38,7 @@ class Slot:
     rounded: str = ""  # the name of the buffer that stands for the layer's weight under this adapter, if one does
     still: tuple[str, ...] = ()  # "A" or "B": the factor of a trainable adapter that stays as it began
     form: Form | None = None  # in which smaller shape a trainable pair is held
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of steps of training, by config field
     dtype: torch.dtype | None = None  # of the factors as they came, where the banks hold every bit of them
 
     def parts(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -157,9 +158,12 @@ class LoRABanks(nn.Module):
         for name, tensor in {**pair, "bias": bias, **(extras or {})}.items():
             if tensor is not None:
                 trains = not name.startswith("start_") and name not in slot.still
+                trains = trains and (name not in EXTRAS or EXTRAS[name].trains)
                 parameter = nn.Parameter(tensor.detach().clone().to(device), requires_grad=trains)
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
                 self.register_parameter(f"{name}{index}", parameter)
+        for name, tensor in scratch_of(slot.settings, extras or {}).items():
+            self.register_buffer(f"{name}{index}", tensor.to(device), persistent=False)
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             self.register_buffer(f"rows{index}", rows.to(device), persistent=False)
@@ -249,7 +253,7 @@ class LoRABanks(nn.Module):
             return
         for name in ("A", "B", "start_A", "start_B", "bias", *slot.extras):
             self._parameters.pop(f"{name}{index}", None)
-        for name in (f"rows{index}", f"columns{index}"):
+        for name in (f"rows{index}", f"columns{index}", f"noise{index}"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         if not slot.trainable:
@@ -329,6 +333,12 @@ class LoRABanks(nn.Module):
         pair = self.dense(index, learned=True)
         assert pair is not None
         return effect_of(self.extras(index), *pair, self.slots[index].scaling, lambda: self._base(layer))
+
+    def narrowing(self, index: int) -> Narrow:
+        """How an input goes through A of a trainable adapter, in training."""
+        slot, held = self.slots[index], self.extras(index)
+        scratch = {name: self.get_buffer(f"{name}{index}") for name in scratch_of(slot.settings, held)}
+        return narrowing(slot.settings, {**held, **scratch})
 
     def _base(self, layer: nn.Module) -> Base:
         """The layer's weight, and the squares of its rows, summed again when it changes."""

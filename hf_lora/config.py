@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from . import fields, initnames
+from . import fields, initnames, variantfields
 from .errors import LoRAConfigError, LoRAUnsupportedError
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
@@ -80,6 +80,8 @@ _OWN = {
     "use_qalora": "use_qalora",
     "qalora_group_size": "qalora_group_size",
     "alora_invocation_tokens": "alora_invocation_tokens",
+    "velora_config": "velora_config",
+    "monteclora_config": "monteclora_config",
     "bias": "bias",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -112,8 +114,6 @@ _NEUTRAL = frozenset(
         "merge_weights",
     }
 )
-# Change gradients or losses but not the forward pass: refused when an adapter is constructed, not when one is read.
-_TRAINING_ONLY = frozenset({"velora_config"})
 
 
 def _off(value: Any) -> bool:
@@ -197,6 +197,10 @@ class LoRAConfig:
         qalora_group_size: see `use_qalora`.
         alora_invocation_tokens: act from the last occurrence of these token ids in a row on, and be the base before it
             and in rows without them (aLoRA); None acts everywhere.
+        velora_config: keep a rank-1 projection of A's input for its gradient instead of the input (VeLoRA): {} or
+            num_groups, scale, init_type; None is off.
+        monteclora_config: learn how A is distributed, and draw it in each forward of training (MonteCLoRA): {} or
+            num_samples, use_entropy, dirichlet_prior, sample_scaler, kl_loss_weight; None is off.
         freeze_a: train B alone: A, or B of an embedding, stays as it began (LoRA-FA). Files do not say it.
         bias: which biases of the base train and are saved: "none", "all", or "lora_only" (those of adapted layers).
         exclude_modules: names or a regular expression to leave out, read as `target_modules` is.
@@ -223,7 +227,8 @@ class LoRAConfig:
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al. 2024
     (arXiv:2402.09353); LoRA-FA: Zhang et al. 2023 (arXiv:2308.03303); KaSA: Wang et al.
     2024 (arXiv:2412.06071); aLoRA: Greenewald et al. 2025 (arXiv:2504.12397); BD-LoRA: Wang et al. 2025
-    (arXiv:2510.23346); QA-LoRA: Xu et al. 2023 (arXiv:2309.14717).
+    (arXiv:2510.23346); QA-LoRA: Xu et al. 2023 (arXiv:2309.14717); VeLoRA: Miles et al. 2024 (arXiv:2405.17991);
+    MonteCLoRA: Sengupta et al. 2024 (arXiv:2411.04358).
     """
 
     r: int = 8
@@ -238,6 +243,8 @@ class LoRAConfig:
     use_qalora: bool = False
     qalora_group_size: int = 16
     alora_invocation_tokens: Sequence[int] | None = None
+    velora_config: Mapping[str, Any] | None = None
+    monteclora_config: Mapping[str, Any] | None = None
     freeze_a: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: str | Sequence[str] | None = None
@@ -282,8 +289,11 @@ class LoRAConfig:
         put("use_bdlora", fields.block_diagonal(self.use_bdlora))
         fields.integer("qalora_group_size", self.qalora_group_size, least=2 if self.use_qalora else 1)
         put("alora_invocation_tokens", fields.token_ids("alora_invocation_tokens", self.alora_invocation_tokens))
+        for name in variantfields.SETTINGS:
+            put(name, variantfields.settings(name, getattr(self, name)))
         put("peft_fields", _peft_fields(self.peft_fields))
         self._check_combinations()
+        variantfields.check_together(self)
 
     def _check_combinations(self) -> None:
         fields.require_apart(vars(self))
@@ -376,7 +386,7 @@ class LoRAConfig:
             elif (constructing or self.init == "loftq") and name == initnames.OPTIONS.get(self.init, ("",))[0]:
                 neutral = False
             else:
-                neutral = name in _NEUTRAL or (name in _TRAINING_ONLY and not constructing) or _off(value)
+                neutral = name in _NEUTRAL or _off(value)
             if not neutral:
                 found[name] = copy.deepcopy(value)
         return found

@@ -224,6 +224,11 @@ _APART = (
     ("use_bdlora", "use_qalora", "neither says of which form A is"),
     ("use_bdlora", "kasa_config", "its loss compares A and B with singular vectors, which blocks cannot be"),
     ("use_qalora", "kasa_config", "its loss compares A with singular vectors, which pooled inputs do not give"),
+    *(
+        (form, step, "that step of training is of a whole A")
+        for form in ("use_bdlora", "use_qalora")
+        for step in ("velora_config", "monteclora_config")
+    ),
 )
 
 

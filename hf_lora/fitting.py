@@ -232,7 +232,7 @@ def weight_problem(module: nn.Module, extras: Iterable[str], rank: int) -> tuple
         field = EXTRAS[name].field
         if EXTRAS[name].weight and not is_dense(module):
             return field, f"{field} needs the weight of the base, which is quantised in this {type(module).__name__}"
-        if EXTRAS[name].size == "rank":
+        if EXTRAS[name].weight and EXTRAS[name].size == "rank":
             weight: Any = module.weight
             if rank >= min(weight.shape):
                 return field, f"{field} with rank {rank} leaves no singular value of a weight {tuple(weight.shape)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "add_grouped_low_rank",
     "add_low_rank",
+    "add_wide",
     "embed_low_rank",
     "grouped_low_rank",
     "grouped_low_rank_reference",
@@ -52,7 +53,12 @@ def add_low_rank(
         scale: a number.
         in_place: write into `output`, which nobody else may hold.
     """
-    h = F.linear(x, A).view(-1, A.shape[0])
+    return add_wide(output, F.linear(x, A), B, scale, in_place=in_place)
+
+
+def add_wide(output: Tensor, h: Tensor, B: Tensor, scale: float = 1.0, *, in_place: bool = False) -> Tensor:
+    """`output` + scale · h B, the second of `add_low_rank`'s products. h: (..., R). B: (R, out)."""
+    h = h.view(-1, B.shape[0])
     flat = output.reshape(-1, B.shape[1])
     if in_place and flat.data_ptr() == output.data_ptr():
         flat.addmm_(h, B, alpha=scale)

@@ -22,7 +22,7 @@ from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
 from .values import AdapterValue, Block, Factors, require_whole_linear
-from .variants import Base, initial_extras
+from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
 
 __all__ = ["initial_value", "refuse_embeddings"]
@@ -120,6 +120,8 @@ def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig)
         lambda: Base.of(dense_weight(module), getattr(type(module), "lora_base", type(module))),
         random=config.init == "off",
     )
+    settings = {field: getattr(config, field) for field in STEPS if getattr(config, field) is not None}
+    extras |= initial_steps(settings, pair.A)
     return dataclasses.replace(pair, extras=extras)
 
 

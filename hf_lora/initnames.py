@@ -95,6 +95,7 @@ APART: dict[str, tuple[frozenset[str], str]] = {
     "lora_bias": (frozenset({"loftq"}), "PEFT does not have them together, either"),
     "use_bdlora": _COMPACT,
     "use_qalora": _COMPACT,
+    "monteclora_config": (CHANGE_BASE | {"loftq"}, "what A began as would be drawn at random, too"),
 }
 
 REMEDIES = {

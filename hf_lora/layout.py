@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
-from .extras import EXTRAS, asked_for
+from .extras import EXTRAS, SCRATCH, asked_for, beside
 from .forms import Form, form_of, forms_asked
 from .values import AdapterValue, Block, Factors
 
@@ -59,6 +59,14 @@ _NAMED_EXTRA = re.compile(
         rf"(?P<{extra.name}>.+)\.{head}\.(?P<{extra.name}_of>[^.]+)(?:\.{last or 'weight'})" + ("" if last else "?")
         for extra in EXTRAS.values()
         for head, _, last in [extra.key.partition(".")]
+    )
+)
+# Names of `extras.SCRATCH`, with or without the adapter's.
+_SCRATCH = re.compile(
+    "|".join(
+        rf".+\.{re.escape(head)}\.(?:[^.]+\.)?(?P<{name}>{re.escape(last)})"
+        for key, name in SCRATCH.items()
+        for head, _, last in [key.partition(".")]
     )
 )
 _WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")  # names inside PEFT's wrapper of a head
@@ -112,6 +120,12 @@ def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Pla
             _put(plan, key[: -len(ending)], *_ENDINGS[ending], name, problems)
         elif (ending := _ending(key, _EXTRA_ENDINGS)) is not None:
             _put_extra(plan, key[: -len(ending)], _EXTRA_ENDINGS[ending], name, problems)
+        elif (match := _SCRATCH.fullmatch(key)) is not None:
+            part = next(own for own in SCRATCH.values() if match[own])
+            if part in asked_for(config):
+                plan.unused.append(name)
+            else:
+                problems.append(f"{name!r} is there, but the config does not set {EXTRAS[part].field}")
         elif (match := _NAMED_EXTRA.fullmatch(key)) is not None:
             extra = next(extra for extra in EXTRAS if match[extra])
             adapters.add(match[f"{extra}_of"])
@@ -264,7 +278,8 @@ def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], pro
             elif "A" not in pair or "B" not in pair:
                 problems.append(f"{name!r}: {path!r} has no factors")
             else:
-                size = specs[pair["B"]][1][:1] if extra.size == "out" else specs[pair["A"]][1][:1]
+                (rank, inner), (outer, _) = specs[pair["A"]][1], specs[pair["B"]][1]
+                size = (extra.length(config, inner, outer, rank),)
                 if shape != size or not dtype.is_floating_point:
                     problems.append(f"{name!r} is {dtype} {list(shape)}; it should be a floating {list(size)}")
     for path in plan.factors:
@@ -440,6 +455,7 @@ def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
             found[f"{PREFIX}{path}.lora_A.weight"] = A
             found[f"{PREFIX}{path}.lora_B.weight"] = B
         found |= {f"{PREFIX}{path}.{EXTRAS[name].key}": tensor for name, tensor in factors.extras.items()}
+        found |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in beside(factors.extras).items()}
     for name, tensor in (*value.biases.items(), *value.embeddings.items()):
         path, _, parameter = name.rpartition(".")
         found[f"{PREFIX}{path}.base_layer.{parameter}" if path in value.factors else PREFIX + name] = tensor

@@ -291,6 +291,7 @@ def save_checkpoint(model: nn.Module, directory: PathLike, tensors: Mapping[str,
 def load_checkpoint(model: nn.Module, directory: PathLike) -> None:
     """Put back, into the same Parameters, what `save_checkpoint` wrote: all of it, or nothing."""
     refill(model, read_checkpoint(model, directory))
+    require(model).facts["checkpoint"] = str(directory)  # for callbacks, which Trainer does not tell
 
 
 def read_checkpoint(model: nn.Module, directory: PathLike) -> dict[str, AdapterValue]:

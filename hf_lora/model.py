@@ -34,7 +34,7 @@ from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
 from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
-from .variants import Base, Effect, effect_of
+from .variants import STEPS, Base, Effect, effect_of
 from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
 
 __all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
@@ -342,6 +342,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             invoked=invoked,
             anchored=factors.anchored,
             form=factors.form,
+            settings={f: s for f in STEPS if (s := getattr(value.config, f)) is not None},
             still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
         A, B, extras = factors.A, factors.B, factors.extras

@@ -19,7 +19,7 @@ from .dropout import dropout as dropped_out
 from .routing import rows_of, unflattened
 from .rowmaps import inner_rows, picked
 from .state import Active, Entry, active_rows, tracing
-from .variants import PLAIN
+from .variants import PLAIN, Narrow
 
 __all__ = ["CHANNELS_FIRST", "LoRASlots", "Slot", "block_index"]
 
@@ -185,15 +185,18 @@ class LoRASlots(LoRABanks):
         """The layer's `own` output as a trainable adapter of a variant changes it."""
         effect, dtype = self.effect(index, base), own.dtype if self.kind == "embedding" else x.dtype
         A, B = effect.A.to(dtype), effect.B.to(dtype)
+        narrow: Narrow = self.narrowing(index) if self.training and self.slots[index].settings else F.linear
         inner, plain = dropped_out(x, dropout) if dropout else x, self.kind != "embedding" and own.dtype == dtype
         if effect.fixed is not None:  # never beside a gain
             C, D = (part.to(dtype) for part in effect.fixed)
             own = own + functional.low_rank(x, C, D).to(own.dtype)
         if effect.gain is None or not dropout:
-            delta = None if plain else self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
-            changed = summed = functional.add_low_rank(own, inner, A, B.T) if delta is None else own + delta
+            if plain:
+                changed = summed = functional.add_wide(own, narrow(inner, A), B.T)
+            else:
+                changed = summed = own + self._widened(inner, A, B, base, narrow).to(own.dtype)
         else:  # what the gain multiplies sees the input that A sees
-            delta = self._scaled_delta(inner, A, B, base, 0.0).to(own.dtype)
+            delta = self._widened(inner, A, B, base, narrow).to(own.dtype)
             summed = self.base.forward(base, inner) + delta
             changed = own + delta
         if effect.gain is not None:
@@ -240,6 +243,11 @@ class LoRASlots(LoRABanks):
         padding = getattr(base, "padding_idx", None)
         delta = PLAIN.delta(x, A, B, kind=self.kind, dropout=dropout, padding_idx=padding)
         return _embed_scaled(delta, base) if self.kind == "embedding" else delta
+
+    def _widened(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, narrow: Narrow) -> Tensor:
+        if self.kind == "embedding":
+            return self._scaled_delta(x, A, B, base, 0.0)
+        return F.linear(narrow(x, A), B)
 
     def _trainable(self) -> Iterator[tuple[int, Slot]]:
         return ((index, slot) for index, slot in self.slots.items() if slot.trainable)

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
-from .extras import EXTRAS, asked_for
+from .extras import EXTRAS, FORWARD, asked_for
 from .forms import Form, form_of, forms_asked
 
-__all__ = ["AdapterValue", "Block", "Factors", "plain", "refuse_extras", "refuse_replicated", "require_whole_linear"]
+V = TypeVar("V", bound="AdapterValue")
+
+__all__ = [
+    "AdapterValue",
+    "Block",
+    "Factors",
+    "plain",
+    "refuse_extras",
+    "refuse_replicated",
+    "require_whole_linear",
+    "without_training",
+]
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class Factors:
         if name not in EXTRAS:
             raise LoRAMismatchError(f"Factors have no {name!r}.", name=name, expected=tuple(EXTRAS))
         extra = EXTRAS[name]
-        size = self.rank if extra.size == "rank" else self.out_features
+        size = {"rank": self.rank, "out": self.out_features}.get(extra.size, max(tensor.numel(), 1))
         if tuple(tensor.shape) != (size,) or not tensor.is_floating_point():
             raise LoRAMismatchError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it has one floating number for each of {size}.",
@@ -133,7 +144,7 @@ class Factors:
                 expected=extra.kinds,
                 remedy=f"Leave the {self.kind} out of target_modules, or train without {extra.field}.",
             )
-        if self.blocks:
+        if self.blocks and not extra.training:
             raise LoRAUnsupportedError(
                 f"{extra.field} is for whole layers, not for slices of a fused one "
                 f"({', '.join(block.role for block in self.blocks)}).",
@@ -199,7 +210,9 @@ class Factors:
             pair = self.A.numel() + int(sum(map(len, self.blocks)) / len(self.blocks) * self.rank)
         else:
             pair = sum(tensor.numel() for tensor in self.stored())
-        return pair // (2 if self.anchored else 1) + sum(tensor.numel() for tensor in self.extras.values())
+        return pair // (2 if self.anchored else 1) + sum(
+            tensor.numel() for name, tensor in self.extras.items() if EXTRAS[name].trains
+        )
 
     @property
     def in_features(self) -> int:
@@ -426,9 +439,6 @@ class AdapterValue:
         )
 
 
-V = TypeVar("V", bound=AdapterValue)
-
-
 def require_whole_linear(form: Form, kind: str, blocks: Sequence[Block]) -> None:
     """Raise `LoRAUnsupportedError` if a pair of this kind, or of these slices, cannot have a form."""
     if blocks or kind == "embedding":
@@ -451,7 +461,7 @@ def plain(value: V) -> V:
     return dataclasses.replace(value, config=value.config.replace(use_bdlora=None, use_qalora=False), factors=factors)
 
 
-def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = tuple(EXTRAS)) -> None:
+def refuse_extras(value: AdapterValue | Factors, what: str, names: Iterable[str] = FORWARD) -> None:
     """Raise `LoRAUnsupportedError` if there are such extras, with which B·A alone is not what the adapter computes."""
     all_factors = [value] if isinstance(value, Factors) else value.factors.values()
     if isinstance(value, AdapterValue) and value.config.init == "loftq":
@@ -495,6 +505,18 @@ def refuse_invoked(config: LoRAConfig) -> None:
             value=config.alora_invocation_tokens,
             remedy="Run it unmerged: set_lora(), use_lora() or route_lora().",
         )
+
+
+def without_training(value: V) -> V:
+    """The value without what only training reads, for a result that was not trained so."""
+    fields = {extra.field for extra in EXTRAS.values() if extra.training and extra.name in asked_for(value.config)}
+    if not fields:
+        return value
+    factors = {
+        path: dataclasses.replace(pair, extras={k: t for k, t in pair.extras.items() if not EXTRAS[k].training})
+        for path, pair in value.factors.items()
+    }
+    return dataclasses.replace(value, config=value.config.replace(**dict.fromkeys(fields)), factors=factors)
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:

@@ -218,7 +218,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
         *[{"init_lora_weights": name} for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "new")],
         {"target_parameters": ["experts.w"]},
         {"trainable_token_indices": [1]},
-        {"monteclora_config": {"num_samples": 8}},
         {"arrow_config": {"top_k": 3}},
         {"ensure_weight_tying": True},
         {"enable_lora": [True, False, True]},
@@ -234,13 +233,6 @@ def test_what_changes_the_computation_is_named(fields):
     name, value = next(iter(fields.items()))
     assert f"{name}={value!r}" in str(caught.value)
     assert LoRAConfig.from_peft(config.to_peft()) == config
-
-
-def test_training_asks_for_more_than_loading():
-    for fields in ({"velora_config": {"scale": 1.0}},):
-        config = LoRAConfig.from_peft({"peft_type": "LORA", **fields})
-        assert config.unsupported() == {}
-        assert config.unsupported(constructing=True) == fields
 
 
 @needs_corpus

@@ -25,7 +25,8 @@ TABLE: dict[str, str] = {
     "patterns": "errors",
     "fields": "errors patterns",
     "initnames": "errors fields",
-    "config": "errors fields initnames patterns",
+    "variantfields": "errors fields",
+    "config": "errors fields initnames patterns variantfields",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -85,6 +86,7 @@ TABLE: dict[str, str] = {
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
+    "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
     "summary": "errors extras layerinfo model slots state switching targeting values",
@@ -101,9 +103,12 @@ TABLE: dict[str, str] = {
     "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
+    "importance": "lowrank spectrum values",
+    "ranks": "agreement errors extras importance layers model sharding state values",
+    "rankcallback": "errors model ranks",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa optimizer planning pool registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa monteclora optimizer planning pool rankcallback ranks registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
@@ -113,7 +118,7 @@ TABLE: dict[str, str] = {
 }
 
 # What `import hf_lora` must not bring: every room but these is imported by it, at once or when a verb is used.
-LATE = {"quickstart", "recipe", "demo", "cli", "training", "__main__"}
+LATE = {"quickstart", "recipe", "demo", "cli", "training", "rankcallback", "__main__"}
 HEAVY = {
     "accelerate",
     "datasets",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import LoRAConfigError, LoRAMismatchError
 from ..exact import product
-from ..extras import EXTRAS
+from ..extras import EXTRAS, FORWARD
 from ..loading import read_source
 from ..merging import factored
 from ..values import AdapterValue, Factors, refuse_extras, refuse_replicated
@@ -114,7 +114,7 @@ def merge_to_folder(
     name, revision = _base_name(value, base, base_revision)
     files = open_base(name, revision=revision, **both)
     refuse_other_base(value, files, force)
-    refuse_extras(value, "A merge on disk", [name for name, extra in EXTRAS.items() if not extra.weight])
+    refuse_extras(value, "A merge on disk", [name for name in FORWARD if not EXTRAS[name].weight])
     plan = decide(value, files, wanted, complete=not isinstance(source, AdapterValue))
     shards = divide([item.spec for item in plan.items], most)
     with appearing(target, sum(spec.nbytes for shard in shards for spec in shard.specs)) as folder:
