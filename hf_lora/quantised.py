@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import LoRAStateError
 from .rounding import Rounding
 from .weights import is_dense, is_here
 
@@ -21,12 +22,21 @@ def bits_of(module: nn.Module) -> int | None:
 
 
 def dequantised(module: nn.Module) -> Tensor:
-    """Q, (out, in) in float32, of a layer whose `bits_of` is not None."""
+    """Q, (out, in) in float32, of a layer whose `bits_of` is not None.
+
+    Raises:
+        LoRAStateError: bitsandbytes has changed how it stores the weight, on a CPU.
+    """
     weight: Any = module.weight
     functional = _functional()
     if bits_of(module) == 4:
-        state = _state(module)
-        found: Tensor = functional.dequantize_4bit(weight.data, state)
+        if _packed(weight.quant_state):
+            raise LoRAStateError(
+                f"bitsandbytes has rearranged the weight of this {type(module).__name__} for the CPU, in which form it "
+                "cannot be read back.",
+                remedy="Load the base again, and add the adapter before the model has run in eval mode.",
+            )
+        found: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
     else:
         scales = getattr(weight, "SCB", None)
         scales = module.state.SCB if scales is None else scales  # type: ignore[union-attr]
@@ -40,12 +50,9 @@ def _functional() -> Any:
     return functional
 
 
-def _state(module: nn.Module) -> Any:
-    """How a weight of 4 bits is stored: in bitsandbytes' usual order, which a forward on a CPU may have changed."""
-    weight: Any = module.weight
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        module.state_dict()  # bitsandbytes' own way back; the next forward changes it again
-    return weight.quant_state
+def _packed(state: Any) -> bool:
+    """Whether a forward in eval mode on a CPU has rearranged the weight; bitsandbytes' way back loses its scales."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def rounding_problem(module: nn.Module, rounding: Rounding, kind: str, blocks: int) -> str | None:
@@ -61,8 +68,9 @@ def rounding_problem(module: nn.Module, rounding: Rounding, kind: str, blocks: i
         return f"loftq_iter={rounding.iterations} is for whole layers, not for slices of a fused one"
     if is_dense(module):
         return None if is_here(module) else "LoftQ (init_lora_weights) rounds the weight, which is not in memory whole"
-    state = _state(module) if bits_of(module) == 4 else None
-    found = (getattr(state, "quant_type", None), getattr(state, "blocksize", None), getattr(state, "nested", None))
+    state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
+    nested = getattr(state, "original_nested" if _packed(state) else "nested", None)
+    found = (getattr(state, "quant_type", None), getattr(state, "blocksize", None), nested)
     if bits_of(module) == 4 and found == ("nf4", 64, False) and (rounding.bits, rounding.iterations) == (4, 1):
         return None
     return (

@@ -48,7 +48,7 @@ TABLE: dict[str, str] = {
     # layers
     "weights": "errors sharding",
     "rounding": "",
-    "quantised": "rounding weights",
+    "quantised": "errors rounding weights",
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",

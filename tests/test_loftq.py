@@ -13,7 +13,7 @@ from training import logged, trainer
 
 import hf_lora
 from hf_lora import LoRAAdapter, LoRAConfig, quantised
-from hf_lora.errors import LoRAConfigError, LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
+from hf_lora.errors import LoRAConfigError, LoRAFileError, LoRAMismatchError, LoRAStateError, LoRAUnsupportedError
 from hf_lora.model import read
 from hf_lora.rounding import Rounding, low_rank, normal_float, rounded
 
@@ -566,6 +566,22 @@ def test_what_was_made_on_the_dense_base_goes_to_the_quantised_one(four_bits, ti
     added(dense, "twice", init_options={"loftq_bits": 4, "loftq_iter": 2}).save_lora(tmp_path / "two", name="twice")
     with pytest.raises(LoRAMismatchError, match="loftq_iter=2"):
         model.load_lora(tmp_path / "two", name="y")
+
+
+def test_a_weight_that_a_forward_on_the_cpu_has_rearranged(four_bits, tiny, tmp_path):
+    """Its numbers cannot be had from bitsandbytes any more; what needs none of them still works."""
+    model, _ = four_bits
+    packed = {"packing_format_for_cpu": True, "nested": False}
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            vars(module.weight.quant_state).update(packed, original_nested=False)
+    with pytest.raises(LoRAStateError, match="rearranged"):
+        added(model)
+    assert model.lora_names == ()
+    added(tiny("llama")).save_lora(tmp_path / "out")
+    model.load_lora(tmp_path / "out", name="x")
+    with pytest.raises(LoRAMismatchError, match="double quantised"):
+        quantise(tiny("llama"), **packed, original_nested=True).load_lora(tmp_path / "out", name="x")
 
 
 def quantised_by_hand(base: Any, value: Any) -> Any:
