@@ -170,6 +170,21 @@ def _goals(data: dict[str, Any]) -> list[str]:
     return [_row(head), _rule(head), *map(_row, rows)]
 
 
+def _short(data: dict[str, Any], titles: Mapping[str, str]) -> list[str]:
+    """The ratios of what has a rival; the marks let another page take the table alone."""
+    lines = ["<!-- --8<-- [start:short] -->", _row(("÷ the reference", "hf_lora", "PEFT")), _rule(("", "", ""))]
+    for key, cases in data["sections"].items():
+        for case in cases:
+            rows = [o for o in case["competitors"] if o["rival"] and o["ratio"]]
+            if rows:
+                lines.append(_row([f"*{titles[key]}; {case['case']}; ÷ {case['reference']}*", "", ""]))
+            for outcome in rows:
+                rival = next(o for o in case["competitors"] if o["who"] == outcome["rival"])
+                numbers = [f"{o['ratio']['median']:.2f}" for o in (outcome, rival)]
+                lines.append(_row([outcome["who"].removeprefix("hf_lora, "), *numbers]))
+    return [*lines, "<!-- --8<-- [end:short] -->"]
+
+
 def _judged(case: dict[str, Any], outcome: dict[str, Any], of: str) -> str:
     if of == "value":
         return f"{_number(outcome['median'])} {case['unit']}"
@@ -210,7 +225,8 @@ def as_markdown(data: dict[str, Any], titles: Mapping[str, str] = SECTIONS) -> s
     elif busy:
         load = f"load {facts['load_before']} on {facts['cores']} cores"
         lines += [f"**The machine was busy when this began ({load}): do not rely on the times.**", ""]
-    lines += ["### Goals", "", *_goals(data), ""]
+    goals = any(o["goal"] for cases in data["sections"].values() for case in cases for o in case["competitors"])
+    lines += ["### Goals", "", *_goals(data), ""] if goals else ["### In short", "", *_short(data, titles), ""]
     for key, cases in data["sections"].items():
         lines += [f"### {titles[key]}", ""]
         for note in [note for case in cases for note in case["notes"]]:

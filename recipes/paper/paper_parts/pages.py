@@ -122,9 +122,9 @@ def _compared(results: Mapping[str, Any]) -> str:
     """Systems in rows, each with its difference to the first one, and what it costs."""
     first, column = results["rows"][0], results["columns"][0]
     name = column["metrics"][0]
+    head = f"| system | trainable | {column['name']} ({METRICS[name][0]}) | − {first['system']} [95 %] | within noise "
     lines = [
-        f"| system | trainable | {column['name']} ({METRICS[name][0]}) | − {first['system']} [95 %] | within noise "
-        "| CPU s/step | kept for the backward | CPU s to begin |",
+        f"{head}| CPU s/step | kept for the backward | CPU s to begin |",
         "|---|--:|--:|--:|---|--:|--:|--:|",
     ]
     for row in results["rows"]:
