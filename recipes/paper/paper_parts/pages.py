@@ -115,7 +115,9 @@ def _setting(results: Mapping[str, Any]) -> str:
     missing = [col["name"] for c, col in enumerate(results["columns"]) if c not in _measured(results)]
     if missing:
         lines.append(f"- Not run yet: {', '.join(missing)}. The same command goes on from the records.")
-    return "\n".join([*lines, "- The second number of “trainable” is the new head of the classification."])
+    if any(row["head"] for row in results["rows"]):
+        lines.append("- The second number of “trainable” is the new head of the classification.")
+    return "\n".join(lines)
 
 
 def _compared(results: Mapping[str, Any]) -> str:
