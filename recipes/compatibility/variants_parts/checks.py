@@ -221,6 +221,7 @@ def _trainer(scene: Scene, name: str, *, seed: int, resume: str | None = None) -
 
 
 def said(error: BaseException) -> str:
-    """The first line of an error's message, with its type."""
+    """The first line of an error's message that says something, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    shown = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return f"{type(error).__name__}: {shown}"

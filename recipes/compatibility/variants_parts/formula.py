@@ -31,6 +31,7 @@ _PARTS = {
     "lora_diag": "sigma",
     "lora_B.bias": "beta",
 }
+_TRAINING = re.compile(r"\.lora_(velora|monteclora)")  # what only a training reads
 
 
 def written_out(base: nn.Module, adapters: Mapping[Path, float] | Iterable[Path]) -> Any:
@@ -48,7 +49,7 @@ def written_out(base: nn.Module, adapters: Mapping[Path, float] | Iterable[Path]
             change = weight * (value.double() - base.get_parameter(path).double())
             into.get_parameter(path).data += change
         for path, parts in layers.items():
-            _change(into.get_submodule(path), base.get_submodule(path), parts, _scaling(config, path, parts), weight)
+            _change(into.get_submodule(path), base.get_submodule(path), parts, config, path, weight)
     return into
 
 
@@ -57,6 +58,8 @@ def _read(file: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, tor
     whole = {}
     for key, tensor in load_file(file).items():
         key = key.removeprefix(_PREFIX)
+        if _TRAINING.search(key):
+            continue
         end = next((end for end in sorted(_PARTS, key=len, reverse=True) if key.endswith("." + end)), None)
         if end is not None:
             layers.setdefault(key.removesuffix("." + end), {})[_PARTS[end]] = tensor.double()
@@ -74,11 +77,33 @@ def _scaling(config: Mapping[str, Any], path: str, parts: Mapping[str, torch.Ten
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _change(into: nn.Module, base: nn.Module, parts: Mapping[str, torch.Tensor], scaling: float, weight: float) -> None:
+def _expanded(
+    A: torch.Tensor, B: torch.Tensor, in_features: int, config: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole factors of those with blocks (BD-LoRA), and of A that reads means of groups (QA-LoRA)."""
+    if config.get("use_bdlora"):
+        n = config["use_bdlora"]["nblocks"]
+        A = A if A.shape[1] == in_features else torch.block_diag(*A.chunk(n))
+        B = B if B.shape[1] == len(A) else torch.block_diag(*B.chunk(n))
+    if config.get("use_qalora") and A.shape[1] != in_features:
+        group = in_features // A.shape[1]
+        A = A.repeat_interleave(group, 1) * A.shape[1] / group
+    return A, B
+
+
+def _change(
+    into: nn.Module,
+    base: nn.Module,
+    parts: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    path: str,
+    weight: float,
+) -> None:
+    scaling = _scaling(config, path, parts)
     turned = not isinstance(base, nn.Linear)  # Conv1D and Embedding hold (in, out)
     W = base.weight.detach().double()
     W = W.T if turned else W
-    A, B = parts["A"], parts["B"]
+    A, B = _expanded(parts["A"], parts["B"], W.shape[1], config)
     V = W
     if "sigma" in parts:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -12,6 +12,17 @@ from .table import Kind, Variant
 
 __all__ = ["begin", "save"]
 
+# Fields whose settings PEFT wants in a class of their own.
+_CONFIGS = {
+    "corda_config": "CordaConfig",
+    "eva_config": "EvaConfig",
+    "lora_ga_config": "LoraGAConfig",
+    "loftq_config": "LoftQConfig",
+    "kasa_config": "KasaConfig",
+    "use_bdlora": "BdLoraConfig",
+    "velora_config": "VeloraConfig",
+    "monteclora_config": "MontecloraConfig",
+}
 _CHANGE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -23,13 +34,12 @@ def _config(variant: Variant, kind: Kind, shared: Mapping[str, Any]) -> Any:
     words["target_modules"] = list(kind.targets)
     words.pop("freeze_a", None)  # in PEFT a choice of the optimizer
     if "init" in words:
-        words["init_lora_weights"] = words.pop("init")
-    if words.get("init_lora_weights") == "lora_ga":
-        words["lora_ga_config"] = peft.LoraGAConfig()
-    if words.get("init_lora_weights") == "corda":
-        words["corda_config"] = peft.tuners.lora.CordaConfig()
-    if "kasa_config" in words:
-        words["kasa_config"] = peft.KasaConfig(**words["kasa_config"])
+        init = words["init_lora_weights"] = words.pop("init")
+        if f"{init}_config" in _CONFIGS:
+            words[f"{init}_config"] = {**words.pop("init_options", {})}
+    for field, name in _CONFIGS.items():
+        if field in words:
+            words[field] = getattr(peft.tuners.lora.config, name)(**words[field])
     return peft.LoraConfig(**words, fan_in_fan_out=kind.name == "Conv1D")
 
 
