@@ -259,7 +259,7 @@ def test_the_published_table_is_of_the_published_samples(parts: Any) -> None:
     assert (PUBLISHED / "serving.md").read_text(encoding="utf-8") == parts.report.as_markdown(data)
 
 
-@pytest.mark.parametrize("name", ["training", "variants"])
+@pytest.mark.parametrize("name", ["training"])
 def test_the_published_training_table_is_of_the_published_samples(parts: Any, name: str) -> None:
     from training_parts import sections, variants
 
@@ -269,14 +269,6 @@ def test_the_published_training_table_is_of_the_published_samples(parts: Any, na
     assert data["smoke"] is False
     assert all(who["checked"]["equal"] for _, who in outcomes(data))
     assert (PUBLISHED / f"{name}.md").read_text(encoding="utf-8") == parts.report.as_markdown(data, titles)
-
-
-@pytest.mark.parametrize(("page", "part"), [("variants", "short"), ("initialisations", "begin")])
-def test_a_page_shows_a_part_of_the_variants_table(page: str, part: str) -> None:
-    assert f'--8<-- "variants.md:{part}"' in (ROOT / "docs" / "pages" / f"{page}.md").read_text(encoding="utf-8")
-    text = (PUBLISHED / "variants.md").read_text(encoding="utf-8")
-    table = text.partition(f"[start:{part}] -->")[2].partition(f"<!-- --8<-- [end:{part}]")[0]
-    assert table.count("\n| ") > 5
 
 
 @pytest.mark.parametrize(("page", "name"), [("benchmarks", "serving"), ("training-cost", "training")])

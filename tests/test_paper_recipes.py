@@ -141,9 +141,7 @@ def test_every_other_experiment_runs(name: str, smoke: Any, peft: Any) -> None:
         assert lora["gradients"] == 4 * lora["trainable"]
 
 
-def test_variants_are_compared_with_lora_at_one_budget(
-    smoke: Any, peft: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variants_are_compared_with_lora_at_one_budget(smoke: Any, peft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_lora
     from paper_parts import train
 

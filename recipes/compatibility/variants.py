@@ -154,10 +154,21 @@ def gathered(run: Iterable[Cell]) -> dict[str, Any]:
     }
 
 
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The cells of now in place of those before; ends the program if they were made with other versions."""
+    if before["versions"] != now["versions"]:
+        sys.exit(f"The other cells were run with {before['versions']}: run all of them again.")
+    of = {(c["variant"], c["kind"], c["check"]): c for c in [*before["cells"], *now["cells"]]}
+    order = [(variant, kind, check) for variant in VARIANTS for kind in KINDS for check in CHECKS]
+    return {**now, "cells": [of[key] for key in order if key in of]}
+
+
 def main() -> None:
     """Run all cells; print them, and write the page if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the folder of the page and its JSON")
+    parser.add_argument(
+        "--write", type=Path, help="the folder of the page and its JSON; of some cells, the others stay"
+    )
     for name, of in (("only", "rows"), ("kind", "kinds of layer"), ("check", "checks")):
         parser.add_argument(f"--{name}", default="", metavar="REGEX", help=f"{of} whose name it is found in")
     given = parser.parse_args()
@@ -175,6 +186,8 @@ def main() -> None:
     found = gathered(told())
     if given.write is not None:
         kept = given.write / f"{NAME}.json"
+        if given.only or given.kind or given.check:
+            found = joined(json.loads(kept.read_text(encoding="utf-8")), found)
         kept.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         kept.with_suffix(".md").write_text(page(found), encoding="utf-8")
     print(Counter(one["outcome"] for one in found["cells"]))

@@ -231,7 +231,11 @@ def as_markdown(data: dict[str, Any], titles: Mapping[str, str] = SECTIONS) -> s
         load = f"load {facts['load_before']} on {facts['cores']} cores"
         lines += [f"**The machine was busy when this began ({load}): do not rely on the times.**", ""]
     goals = any(o["goal"] for cases in data["sections"].values() for case in cases for o in case["competitors"])
-    lines += ["### Goals", "", *_goals(data), ""] if goals else ["### In short", "", *_marked("short", _short(data, titles)), ""]
+    lines += (
+        ["### Goals", "", *_goals(data), ""]
+        if goals
+        else ["### In short", "", *_marked("short", _short(data, titles)), ""]
+    )
     for key, cases in data["sections"].items():
         lines += [f"### {titles[key]}", ""]
         for note in [note for case in cases for note in case["notes"]]:
