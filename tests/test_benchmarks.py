@@ -327,7 +327,7 @@ def test_a_smoke_run_of_the_training_benchmark(peft: Any, tmp_path: Path) -> Non
 
 
 def test_what_the_variants_benchmark_compares_is_the_same(peft: Any, parts: Any) -> None:
-    """The gradients of hf_lora and PEFT are equal on every setting, PiSSA's second pair too; its parts stand in the page."""
+    """The gradients of hf_lora and PEFT are equal on every setting, PiSSA's second pair too."""
     from training_parts import steps, variants
 
     made = steps.Subjects(steps.SMOKE, torch.float32)

@@ -142,8 +142,9 @@ def test_every_other_experiment_runs(name: str, smoke: Any, peft: Any) -> None:
 
 
 def test_variants_are_compared_with_lora_at_one_budget(smoke: Any, peft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hf_lora
     from paper_parts import train
+
+    import hf_lora
 
     optimizer, regularisation, rates, added = train._optimizer, hf_lora.kasa_loss, [], []
 
