@@ -75,6 +75,7 @@ NOT_CORE = {
     "test_trainer_hub.py",
     "test_trainer_survival.py",
     "test_trl.py",
+    "test_variants_matrix.py",
 }
 
 # What the oldest supported transformers (5.0.0) cannot show: part of a test's id -> why.

@@ -259,13 +259,16 @@ def test_the_published_table_is_of_the_published_samples(parts: Any) -> None:
     assert (PUBLISHED / "serving.md").read_text(encoding="utf-8") == parts.report.as_markdown(data)
 
 
-def test_the_published_training_table_is_of_the_published_samples(parts: Any) -> None:
-    from training_parts import sections
+@pytest.mark.parametrize("name", ["training"])
+def test_the_published_training_table_is_of_the_published_samples(parts: Any, name: str) -> None:
+    from training_parts import sections, variants
 
-    data = json.loads((PUBLISHED / "training.json").read_text(encoding="utf-8"))
-    assert list(data["sections"]) == list(sections.TITLES)
+    titles = {"training": sections.TITLES, "variants": variants.TITLES}[name]
+    data = json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
+    assert list(data["sections"]) == list(titles)
     assert data["smoke"] is False
-    assert (PUBLISHED / "training.md").read_text(encoding="utf-8") == parts.report.as_markdown(data, sections.TITLES)
+    assert all(who["checked"]["equal"] for _, who in outcomes(data))
+    assert (PUBLISHED / f"{name}.md").read_text(encoding="utf-8") == parts.report.as_markdown(data, titles)
 
 
 @pytest.mark.parametrize(("page", "name"), [("benchmarks", "serving"), ("training-cost", "training")])
@@ -321,3 +324,19 @@ def test_a_smoke_run_of_the_training_benchmark(peft: Any, tmp_path: Path) -> Non
     assert len(names["parts"]) == 3
     assert all(who["checked"]["equal"] for _, who in outcomes(data))
     assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_what_the_variants_benchmark_compares_is_the_same(peft: Any, parts: Any) -> None:
+    """The gradients of hf_lora and PEFT are equal on every setting, PiSSA's second pair too."""
+    from training_parts import steps, variants
+
+    made = steps.Subjects(steps.SMOKE, torch.float32)
+    ids = steps.inputs(made.base, (2, 8))
+    weights = {name: p.clone() for name, p in made.base.named_parameters()}
+    for setting in variants.SETTINGS:
+        ours, theirs = (steps.gradients(model, ids) for model in (made.ours(setting), made.theirs(setting)))
+        assert ours.abs().max() > 0
+        assert parts.measure.difference(ours, theirs) < 1e-4, setting.name
+    assert all(torch.equal(p, weights[name]) for name, p in made.base.named_parameters())
+    (begun,) = variants.measure_begin(steps.SMOKE)
+    assert [outcome.name for outcome in begun.outcomes] == list(variants.STARTS)

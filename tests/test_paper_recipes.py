@@ -122,7 +122,7 @@ def test_texts_are_written_and_measured(smoke: Any, peft: Any) -> None:
     assert all(len(record["predictions"]) == 4 for record in records)
 
 
-@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n not in ("table2", "table3", "tune")])
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n not in ("table2", "table3", "tune", "variants-compared")])
 def test_every_other_experiment_runs(name: str, smoke: Any, peft: Any) -> None:
     if name in ("figures3-4", "table7"):
         pytest.importorskip("hf_lora.analysis")
@@ -139,6 +139,39 @@ def test_every_other_experiment_runs(name: str, smoke: Any, peft: Any) -> None:
         ft, *_, lora = found["rows"]
         assert lora["optimizer"] < ft["optimizer"]
         assert lora["gradients"] == 4 * lora["trainable"]
+
+
+def test_variants_are_compared_with_lora_at_one_budget(smoke: Any, peft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paper_parts import train
+
+    import hf_lora
+
+    optimizer, regularisation, rates, added = train._optimizer, hf_lora.kasa_loss, [], []
+
+    def seen(model: Any, *args: Any) -> Any:
+        if (made := optimizer(model, *args)) is not None:
+            names = {id(p): name for name, p in model.named_parameters()}
+            rates.append({names[id(p)]: group["lr"] for group in made.param_groups for p in group["params"]})
+        return made
+
+    def counted(model: Any) -> Any:
+        added.append(regularisation(model))
+        return added[-1]
+
+    monkeypatch.setattr(train, "_optimizer", seen)
+    monkeypatch.setattr(hf_lora, "kasa_loss", counted)
+    found = smoke("variants-compared")
+    lora, *others = found["rows"]
+    for row in others:
+        assert 1 <= row["trainable"] / lora["trainable"] < 1.2  # DoRA's magnitudes are many on a tiny base
+        assert {"low", "high", "noise"} <= row["columns"][0]["against LoRA"].keys()
+        assert row["columns"][0]["saved_bytes"] > 0
+    (plus,) = rates  # LoRA+ alone: the smoke profile has no rate of the head's own
+    assert {plus[name] for name in plus if ".A" in name} == {plus["classifier.lora_heads.copies.0.weight"]} == {5e-4}
+    assert {plus[name] for name in plus if ".B" in name} == {16 * 5e-4}
+    assert len(added) == 2  # KaSA's steps
+    page = (smoke.folder / "out" / "variants-compared.md").read_text()
+    assert "| − LoRA [95 %] | within noise |" in page
 
 
 def test_a_stopped_sweep_goes_on_and_a_changed_setting_runs_again(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:

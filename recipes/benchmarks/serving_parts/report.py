@@ -170,6 +170,26 @@ def _goals(data: dict[str, Any]) -> list[str]:
     return [_row(head), _rule(head), *map(_row, rows)]
 
 
+def _short(data: dict[str, Any], titles: Mapping[str, str]) -> list[str]:
+    """The ratios of what has a rival."""
+    lines = [_row(("÷ the reference", "hf_lora", "PEFT")), _rule(("", "", ""))]
+    for key, cases in data["sections"].items():
+        for case in cases:
+            rows = [o for o in case["competitors"] if o["rival"] and o["ratio"]]
+            if rows:
+                lines.append(_row([f"*{titles[key]}; {case['case']}; ÷ {case['reference']}*", "", ""]))
+            for outcome in rows:
+                rival = next(o for o in case["competitors"] if o["who"] == outcome["rival"])
+                numbers = [f"{o['ratio']['median']:.2f}" for o in (outcome, rival)]
+                lines.append(_row([outcome["who"].removeprefix("hf_lora, "), *numbers]))
+    return lines
+
+
+def _marked(name: str, lines: Sequence[str]) -> list[str]:
+    """Between marks by which another page takes these lines alone."""
+    return [f"<!-- --8<-- [start:{name}] -->", *lines, f"<!-- --8<-- [end:{name}] -->"]
+
+
 def _judged(case: dict[str, Any], outcome: dict[str, Any], of: str) -> str:
     if of == "value":
         return f"{_number(outcome['median'])} {case['unit']}"
@@ -194,7 +214,7 @@ def _long(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def as_markdown(data: dict[str, Any], titles: Mapping[str, str] = SECTIONS) -> str:
-    """The goals, then a table for each section."""
+    """The goals, then a table for each section. Without goals: the ratios in short, and marks for other pages."""
     facts, versions = data["machine"], data["machine"]["versions"]
     busy = facts["load_before"] > 0.25 * facts["cores"]
     lines = [
@@ -210,12 +230,18 @@ def as_markdown(data: dict[str, Any], titles: Mapping[str, str] = SECTIONS) -> s
     elif busy:
         load = f"load {facts['load_before']} on {facts['cores']} cores"
         lines += [f"**The machine was busy when this began ({load}): do not rely on the times.**", ""]
-    lines += ["### Goals", "", *_goals(data), ""]
+    goals = any(o["goal"] for cases in data["sections"].values() for case in cases for o in case["competitors"])
+    lines += (
+        ["### Goals", "", *_goals(data), ""]
+        if goals
+        else ["### In short", "", *_marked("short", _short(data, titles)), ""]
+    )
     for key, cases in data["sections"].items():
         lines += [f"### {titles[key]}", ""]
         for note in [note for case in cases for note in case["notes"]]:
             lines += [note, ""]
-        lines += [*(_wide(cases) if key == "profile" else _long(cases)), ""]
+        table = _wide(cases) if key == "profile" else _long(cases)
+        lines += [*(table if goals else _marked(key, table)), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,29 +30,33 @@ def _label(dtype: torch.dtype, shape: tuple[int, int]) -> str:
     return f"{shape[0]}×{shape[1]}, {str(dtype).removeprefix('torch.')}"
 
 
-def measure_time(sizes: Sizes) -> list[Case]:
+def measure_time(sizes: Sizes, settings: Sequence[Setting] = SETTINGS) -> list[Case]:
     """Every shape in float32, the first in bfloat16."""
     first, *others = sizes.dtypes
     cases = [(first, shape) for shape in sizes.shapes] + [(dtype, sizes.shapes[0]) for dtype in others]
-    return [_time(sizes, *case) for case in cases]
+    return [_time(sizes, *case, settings) for case in cases]
 
 
-def _time(sizes: Sizes, dtype: torch.dtype, shape: tuple[int, int]) -> Case:
+def _time(sizes: Sizes, dtype: torch.dtype, shape: tuple[int, int], settings: Sequence[Setting]) -> Case:
     made = Subjects(sizes, dtype)
     ids = inputs(made.base, shape)
     models: dict[str, Any] = {LIMIT: made.limit(), WHOLE: made.full()}
     against = {LIMIT: WHOLE, WHOLE: LIMIT}
     goals, rivals = {}, {}
-    for setting in SETTINGS:
+    for setting in settings:
         mine, theirs = f"hf_lora, {setting.name}", f"PEFT, {setting.name}"
         models |= {mine: made.ours(setting), theirs: made.theirs(setting)}
         against |= {mine: theirs, theirs: mine}
-        goals[mine], rivals[mine] = Goal(setting.goal, "ratio", "design"), theirs
+        rivals[mine] = theirs
+        if setting.goal:
+            goals[mine] = Goal(setting.goal, "ratio", "design")
     checks = compare(
         {name: gradients(model, ids) for name, model in models.items()}, against, tolerance=TOLERANCE[dtype]
     )
     runs = {name: stepper(model, ids) for name, model in models.items()}
-    for setting in SETTINGS[1:]:
+    for setting in settings:
+        if not setting.saved:
+            continue
         mine = f"hf_lora, {setting.name}"
         name = f"{mine}, generic path"
         runs[name], checks[name] = _without(runs[mine]), checks[mine]
@@ -131,23 +135,23 @@ def _parts(events: Any, setting: Setting) -> tuple[float, float]:
     return products, dropped if setting.dropout else 0.0
 
 
-def measure_saved(sizes: Sizes) -> list[Case]:
+def measure_saved(sizes: Sizes, settings: Sequence[Setting] = SETTINGS) -> list[Case]:
     """Every shape and dtype; exact, so once."""
-    return [_saved(sizes, dtype, shape) for dtype in sizes.dtypes for shape in sizes.shapes]
+    return [_saved(sizes, dtype, shape, settings) for dtype in sizes.dtypes for shape in sizes.shapes]
 
 
-def _saved(sizes: Sizes, dtype: torch.dtype, shape: tuple[int, int]) -> Case:
+def _saved(sizes: Sizes, dtype: torch.dtype, shape: tuple[int, int], settings: Sequence[Setting]) -> Case:
     made = Subjects(sizes, dtype)
     ids = inputs(made.base, shape)
     values = {FROZEN: saved_bytes(made.limit(), ids)}
     goals, rivals, notes = {}, {}, []
-    for setting in SETTINGS:
+    for setting in settings:
         mine, theirs = f"hf_lora, {setting.name}", f"PEFT, {setting.name}"
         model = made.ours(setting)
         values |= {mine: saved_bytes(model, ids), theirs: saved_bytes(made.theirs(setting), ids)}
         rivals[mine] = theirs
-        if setting.rank == 16:
-            goals[mine] = Goal(1.4 if setting.dropout else 1.35, "ratio", "design")
+        if setting.saved:
+            goals[mine] = Goal(setting.saved, "ratio", "design")
             narrow = ids.numel() * setting.rank * dtype.itemsize * len(setting.targets)
             narrow *= made.base.config.num_hidden_layers
             if not setting.dropout:
@@ -157,7 +161,7 @@ def _saved(sizes: Sizes, dtype: torch.dtype, shape: tuple[int, int]) -> Case:
                     f"the rest, {rest / 1e6:.1f} MB, is the layers' inputs that the base does not keep."
                 )
         with generic():
-            if setting.dropout:
+            if setting.saved and setting.dropout:
                 values[f"{mine}, generic path"] = saved_bytes(model, ids)
     check = Check("one storage counted once", 0.0, 0.0)
     outcomes = [Outcome(n, {0: v / 1e6}, goals.get(n), check, rivals.get(n)) for n, v in values.items()]

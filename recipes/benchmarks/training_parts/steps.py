@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,17 @@ class Setting:
     targets: tuple[str, ...]
     rank: int
     dropout: float
-    goal: float  # step ÷ limit
+    goal: float | None = None  # step ÷ limit
+    saved: float | None = None  # bytes kept for the backward ÷ the frozen base's
+    fields: tuple[
+        tuple[str, Any], ...
+    ] = ()  # further keywords of LoRAConfig, and of peft.LoraConfig but for `freeze_a`
 
 
 SETTINGS = (
     Setting("q, v r=8", subjects.QV, 8, 0.0, 1.03),
-    Setting("all-linear r=16", subjects.ALL, 16, 0.0, 1.08),
-    Setting("all-linear r=16, dropout 0.05", subjects.ALL, 16, 0.05, 1.15),
+    Setting("all-linear r=16", subjects.ALL, 16, 0.0, 1.08, 1.35),
+    Setting("all-linear r=16, dropout 0.05", subjects.ALL, 16, 0.05, 1.15, 1.4),
 )
 
 
@@ -71,28 +76,50 @@ class Subjects:
         from hf_lora import LoRAConfig
 
         config = LoRAConfig(
-            r=setting.rank, alpha=setting.rank, target_modules=list(setting.targets), dropout=setting.dropout
+            r=setting.rank,
+            alpha=setting.rank,
+            target_modules=list(setting.targets),
+            dropout=setting.dropout,
+            **dict(setting.fields),
         )
         model = subjects.sharing(self.base)
+        torch.manual_seed(0)
         model.add_lora(config)
         return _filled(model).train()
 
     def theirs(self, setting: Setting) -> Any:
-        """PEFT."""
+        """PEFT. What begins from the weights stands on a base less its first product, as PEFT has it."""
         import peft
 
-        config = peft.LoraConfig(
-            r=setting.rank,
-            lora_alpha=setting.rank,
-            target_modules=list(setting.targets),
-            lora_dropout=setting.dropout,
-        )
-        return _filled(peft.get_peft_model(subjects.sharing(self.base), config)).train()
+        fields = dict(setting.fields)
+        config = {
+            "r": setting.rank,
+            "lora_alpha": setting.rank,
+            "target_modules": list(setting.targets),
+            "lora_dropout": setting.dropout,
+        }
+        base = self._less(setting) if fields.pop("init", None) else subjects.sharing(self.base)
+        freeze = fields.pop("freeze_a", False)
+        model = _filled(peft.get_peft_model(base, peft.LoraConfig(**config, **fields)))
+        for name, parameter in model.named_parameters():  # as PEFT's optimizer of LoRA-FA has it
+            if freeze and ".lora_A." in name:
+                parameter.requires_grad_(False)
+        return model.train()
+
+    def _less(self, setting: Setting) -> Any:
+        """A copy of the base: W − B₀·A₀, with the first pair that hf_lora's has."""
+        ours, base = self.ours(setting), copy.deepcopy(self.base)
+        with torch.no_grad():
+            for path, pair in ours.lora_adapter("default").factors.items():
+                first = pair.B[:, setting.rank :] @ pair.A[setting.rank :]  # −B₀·A₀
+                base.get_submodule(path).weight += first.to(base.dtype)
+        return base
 
 
 def _filled(model: nn.Module) -> nn.Module:
-    """The same factors for both: drawn in the order of the layers, A before B."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """The same factors for both: drawn in the order of the layers, A before B; DoRA's magnitudes stay."""
+    factor = re.compile(r"lora_slots\.[AB]\d|lora_[AB]\.")
+    trained = [(name, p) for name, p in model.named_parameters() if factor.search(name)]
     with torch.no_grad():
         for i, (_, parameter) in enumerate(sorted(trained, key=lambda pair: _place(pair[0]))):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))

@@ -25,7 +25,7 @@ from .methods import Size
 from .sweep import Records, key_of
 from .tasks import Profile
 
-__all__ = ["measure"]
+__all__ = ["counted", "measure"]
 
 
 def measure(
@@ -90,6 +90,18 @@ def _measured(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _step(model: Any, optimizer: Any, ids: Any, *, count: bool = False) -> int:
+    optimizer.zero_grad()
+    if count:
+        loss, kept = counted(model, {"input_ids": ids, "labels": ids})
+    else:
+        loss, kept = model(input_ids=ids, labels=ids).loss, 0
+    loss.backward()
+    optimizer.step()
+    return kept
+
+
+def counted(model: Any, batch: Mapping[str, Any]) -> tuple[Any, int]:
+    """The loss of a batch, and the bytes that autograd keeps for its backward: each storage once, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -99,15 +111,9 @@ def _step(model: Any, optimizer: Any, ids: Any, *, count: bool = False) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    optimizer.zero_grad()
-    if count:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(input_ids=ids, labels=ids).loss
-    else:
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    return loss, sum(kept.values())
 
 
 def _checkpoint(model: Any, method: str, trained: list[Any]) -> int:

@@ -67,6 +67,10 @@ def column_name(column: Mapping[str, Any]) -> str:
     return str(column.get("name") or TASKS[column["task"]].title)
 
 
+# Of a system, what its numbers depend on beside the recipe.
+_SIZES = ("bottleneck", "dropped", "tokens", "b_lr_ratio", "init_batches")
+
+
 class Grid:
     """The cells of an experiment under a profile, with their records."""
 
@@ -138,7 +142,7 @@ class Grid:
             settings["head_rate"] = self._head_rate(data)
             if (start := self._start(cell)) is not None:
                 settings["start"] = self.key(start)
-            settings["size"] = {k: cell.system[k] for k in ("bottleneck", "dropped", "tokens") if k in cell.system}
+            settings["size"] = {k: cell.system[k] for k in _SIZES if k in cell.system}
             if cell.system["method"].startswith("lora"):
                 settings["lora"] = recipe.to_dict().get("lora", {})
         else:
@@ -231,7 +235,8 @@ class Grid:
                 found = [self.records.get(self.key(cell)) for cell in cells]
                 runs[s, c] = [record for record in found if record is not None]
         trivials = [self._trivial(column) for column in self.columns]
-        reference = next((s for s, system in enumerate(self.systems) if system["method"] == "ft"), None)
+        against = self.experiment.get("against", METHODS["ft"].title)
+        reference = next((s for s, system in enumerate(self.systems) if label(system) == against), None)
         for s, system in enumerate(self.systems):
             row: dict[str, Any] = {"system": label(system), "method": system["method"], "columns": []}
             for c, column in enumerate(self.columns):
@@ -243,7 +248,7 @@ class Grid:
                     row["share"] = (row["trainable"] + row["head"]) / row["total"]
                 entry = self._entry(column, records, trivials[c])
                 if reference is not None and s != reference and runs[reference, c]:
-                    entry["against FT"] = self._difference(column, records, runs[reference, c])
+                    entry[f"against {against}"] = self._difference(column, records, runs[reference, c])
                 row["columns"].append(entry)
             rows.append(row)
         return {
@@ -271,6 +276,10 @@ class Grid:
             of = summary([record["metrics"][name] for record in records])
             entry["metrics"][name] = {"mean": of.mean, "deviation": of.deviation}
         entry["seconds"] = round(fmean(record["seconds"] for record in records), 1)
+        if all("cpu_seconds_training" in record for record in records):
+            entry["cpu_seconds_per_step"] = [record["cpu_seconds_training"] / record["steps"] for record in records]
+            entry["cpu_seconds_beginning"] = fmean(record["cpu_seconds_beginning"] for record in records)
+            entry["saved_bytes"] = records[0]["saved_bytes"]
         entry["above trivial"] = self._paired(column, records, [best["predictions"]])
         return entry
 

@@ -25,13 +25,14 @@ class Size:
 
     Args:
         lora: rank, alpha and targets. bottleneck: r of an adapter. dropped: lower layers without adapters, as a share.
-        tokens: l_p + l_i, the tokens of a prefix.
+        tokens: l_p + l_i, the tokens of a prefix. batches: what an initialisation of a LoRA looks at.
     """
 
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(target_modules=["q", "v"]))
     bottleneck: int = 8
     dropped: float = 0.0
     tokens: int = 16
+    batches: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def _lora(model: Any, size: Size) -> Any:
     whole = (
         ("pooler",) if classifies and any("pooler" in name.split(".") for name, _ in model.named_modules()) else None
     )
-    model.add_lora(size.lora.replace(task_type="SEQ_CLS" if classifies else None, modules_to_save=whole))
+    model.add_lora(
+        size.lora.replace(task_type="SEQ_CLS" if classifies else None, modules_to_save=whole), data=size.batches
+    )
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import figures
@@ -94,9 +95,8 @@ def _headline(results: Mapping[str, Any]) -> str:
         if entry is None or "against FT" not in entry:
             continue
         ft, none = entry["against FT"], entry["above trivial"]
-        noise = "yes" if ft["noise"] else ("no, better" if ft["mean"] > 0 else "no, worse")
         lines.append(
-            f"| {column['name']} | {METRICS[ft['metric']][0]} | {_interval(ft)} | {noise} | {_interval(none)} |"
+            f"| {column['name']} | {METRICS[ft['metric']][0]} | {_interval(ft)} | {_noise(ft)} | {_interval(none)} |"
         )
     return "\n".join(lines)
 
@@ -118,6 +118,38 @@ def _setting(results: Mapping[str, Any]) -> str:
     if any(row["head"] for row in results["rows"]):
         lines.append("- The second number of “trainable” is the new head of the classification.")
     return "\n".join(lines)
+
+
+def _compared(results: Mapping[str, Any]) -> str:
+    """Systems in rows, each with its difference to the first one, and what it costs."""
+    first, column = results["rows"][0], results["columns"][0]
+    name = column["metrics"][0]
+    head = f"| system | trainable | {column['name']} ({METRICS[name][0]}) | − {first['system']} [95 %] | within noise "
+    lines = [
+        f"{head}| CPU s/step | kept for the backward | CPU s to begin |",
+        "|---|--:|--:|--:|---|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        entry = row["columns"][0]
+        if entry is None:
+            continue
+        found = entry.get(f"against {first['system']}")
+        cells = [f"{row['trainable']:,}", _number(entry, name), "" if found is None else _interval(found)]
+        cells += ["" if found is None else _noise(found), *_spent(entry)]
+        lines.append(f"| {row['system']} | {' | '.join(cells)} |")
+    best = f"{results['trivial'][0]['metrics'][name]:.2f} ({results['trivial'][0]['name']})"
+    return "\n".join([*lines, f"| *no model* | 0 | {best} | | | | | |"])
+
+
+def _noise(found: Mapping[str, Any]) -> str:
+    return "yes" if found["noise"] else ("no, better" if found["mean"] > 0 else "no, worse")
+
+
+def _spent(entry: Mapping[str, Any]) -> list[str]:
+    if "saved_bytes" not in entry:
+        return ["", "", ""]
+    step = median(entry["cpu_seconds_per_step"])
+    return [f"{step:.2f}", f"{entry['saved_bytes'] / 1e6:.1f} MB", f"{entry['cpu_seconds_beginning']:.1f}"]
 
 
 # ---- other studies ---------------------------------------------------------------------------------------------------
@@ -196,6 +228,7 @@ def _amplification(results: Mapping[str, Any]) -> str:
 
 _TABLES = {
     "grid": table,
+    "compared": _compared,
     "latency": _latency,
     "costs": _costs,
     "similarity": _similarity,

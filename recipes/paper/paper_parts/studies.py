@@ -112,6 +112,7 @@ class Progress:
 
 _KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "grid": _grid,
+    "compared": _grid,
     "latency": latency.measure,
     "costs": costs.measure,
     "similarity": functools.partial(learned.similarity, show=Progress),

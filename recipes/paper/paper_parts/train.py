@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import hf_lora
+from hf_lora import initnames
 from hf_lora.recipe import Recipe
 
 from . import methods
+from .costs import counted
 from .fewshot import few_shot
 from .methods import METHODS, Size
 from .tasks import TaskData, collate
@@ -23,10 +26,19 @@ __all__ = ["predict", "run", "size_of"]
 Step = Callable[[int, int], None]
 
 
-def size_of(recipe: Recipe, system: Mapping[str, Any]) -> Size:
-    """The size of a system: the recipe's LoRA, and what the system itself says."""
+def size_of(recipe: Recipe, system: Mapping[str, Any], data: TaskData | None = None) -> Size:
+    """The size of a system: the recipe's LoRA, what the system itself says, and what its initialisation looks at."""
     own = {key: system[key] for key in ("bottleneck", "dropped", "tokens") if key in system}
+    if data is not None and system["method"].startswith("lora") and recipe.lora.init in initnames.NEED_DATA:
+        own["batches"] = tuple(_batches(recipe, data, int(system.get("init_batches", 16))))
     return Size(lora=recipe.lora, **own)
+
+
+def _batches(recipe: Recipe, data: TaskData, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The first training examples, in batches of the size that training has."""
+    rows = int(recipe.training["per_device_train_batch_size"])
+    for start in range(0, min(count * rows, len(data.train)), rows):
+        yield collate(data.train[start : start + rows], data.found.pad)
 
 
 def run(
@@ -59,13 +71,16 @@ def run(
     set_seed(recipe.seed)
     model = data.model()
     total = sum(p.numel() for p in model.parameters())
-    model = methods.apply(system["method"], model, size_of(recipe, system))
+    began_to_apply = time.process_time()
+    model = methods.apply(system["method"], model, size_of(recipe, system, data))
+    beginning = time.process_time() - began_to_apply
     own, head = methods.trainable(model)
     if start is not None:
         _begin(model, start)
     found: dict[str, Any] = {"trainable": own, "head": head, "total": total}
     if own + head:
-        found |= _train(model, recipe, data, head_rate, step)
+        found |= _train(model, recipe, data, head_rate, step, system.get("b_lr_ratio"))
+        found["cpu_seconds_beginning"] = round(beginning, 2)
     began_to_predict = time.perf_counter()
     found["predictions"] = predict(model, data, recipe, generation)
     found["seconds_predicting"] = round(time.perf_counter() - began_to_predict, 2)
@@ -100,13 +115,25 @@ def _begin(model: Any, path: Path) -> None:
         value.copy_(found[name])
 
 
-def _train(model: Any, recipe: Recipe, data: TaskData, head_rate: float | None, step: Step) -> dict[str, Any]:
+def _train(
+    model: Any,
+    recipe: Recipe,
+    data: TaskData,
+    head_rate: float | None,
+    step: Step,
+    b_lr_ratio: float | None = None,
+) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class Progress(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             step(state.global_step, state.max_steps)
+
+    class Regularised(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            found, added = super().compute_loss(*args, **kwargs), hf_lora.kasa_loss(model)
+            return (found[0] + added, *found[1:]) if isinstance(found, tuple) else found + added
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -122,36 +149,48 @@ def _train(model: Any, recipe: Recipe, data: TaskData, head_rate: float | None, 
             }
         )
         arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
-        trainer = Trainer(
+        made = Trainer if getattr(recipe.lora, "kasa_config", None) is None else Regularised
+        trainer = made(
             model,
             arguments,
             train_dataset=data.train,
             data_collator=lambda examples: collate(examples, data.found.pad),
             callbacks=[Progress()],
-            optimizers=(_optimizer(model, arguments, head_rate), None),
+            optimizers=(_optimizer(model, arguments, head_rate, b_lr_ratio), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        began = time.perf_counter()
+        began, began_computing = time.perf_counter(), time.process_time()
         output = trainer.train()
-    return {
+    found = {
         "steps": output.global_step,
         "loss": round(output.training_loss, 4),
         "seconds_training": round(time.perf_counter() - began, 2),
+        "cpu_seconds_training": round(time.process_time() - began_computing, 2),
     }
+    batch = collate(data.train[: arguments.per_device_train_batch_size], data.found.pad)
+    _, found["saved_bytes"] = counted(model.train(), {key: value.to(arguments.device) for key, value in batch.items()})
+    return found
 
 
-def _optimizer(model: Any, arguments: Any, head_rate: float | None) -> Any:
-    """Trainer's AdamW with a rate of the head's own; None: Trainer makes one."""
-    if head_rate is None:
+def _optimizer(model: Any, arguments: Any, head_rate: float | None, b_lr_ratio: float | None = None) -> Any:
+    """Trainer's AdamW with a rate of the head's own, and of B's if a ratio is given; None: Trainer makes one."""
+    if head_rate is None and b_lr_ratio is None:
         return None
-    groups: dict[bool, list[Any]] = {False: [], True: []}
+    own: list[Any] = []
+    head: list[Any] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[methods.is_head(name)].append(parameter)
-    rates = {False: arguments.learning_rate, True: head_rate}
+            (head if methods.is_head(name) else own).append(parameter)
+    rate = arguments.learning_rate
+    groups = [{"params": own, "lr": rate}, {"params": head, "lr": rate if head_rate is None else head_rate}]
+    if b_lr_ratio is not None:
+        of_head = set(map(id, head))
+        apart = hf_lora.optimizer_groups(model, rate, b_lr_ratio=b_lr_ratio)
+        ours = [{"params": [p for p in g["params"] if id(p) not in of_head], "lr": g["lr"]} for g in apart]
+        groups = [*ours, groups[1]]
     return torch.optim.AdamW(
-        [{"params": found, "lr": rates[head]} for head, found in groups.items() if found],
+        [group for group in groups if group["params"]],
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
         weight_decay=arguments.weight_decay,

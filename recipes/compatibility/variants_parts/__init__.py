@@ -1,0 +1,1 @@
+"""What recipes/compatibility/variants.py is made of."""
