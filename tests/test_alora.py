@@ -350,6 +350,27 @@ def test_beside_an_adapter_of_a_vision_tower():
             assert torch.equal(written[i], model.generate(**scene.alone[i], **settings)[0])
 
 
+def test_a_pool_and_a_copy_in_memory_carry_it(tiny, tmp_path):
+    import pickle
+
+    model, ids = zoo(tiny("llama"), target_modules=["q", "v"]), mixed_prompts()
+    model.train_lora([])
+    for name in model.lora_names:
+        model.save_lora(tmp_path / name, name)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with model.route_lora(ROUTE):
+        expected = model.generate(ids, **settings)
+    with pickle.loads(pickle.dumps(model)).route_lora(ROUTE) as twin:
+        assert torch.equal(twin.generate(ids, **settings), expected)
+    base = tiny("llama")
+    with (
+        hf_lora.LoRAPool(base, source={name: tmp_path / name for name in model.lora_names}, device_slots=4) as pool,
+        pool.acquire([name for name in ROUTE if name]) as lease,
+        lease.route(ROUTE),
+    ):
+        assert torch.equal(base.generate(ids, **settings), expected)
+
+
 def test_mixtures_add_up(tiny):
     model, ids = zoo(tiny("llama"), target_modules=["q_proj", "down_proj"]), mixed_prompts()
     one, two, plain = (model.lora_adapter(name) for name in ("one", "two", "plain"))

@@ -87,7 +87,7 @@ def test_the_page_is_what_its_cells_say(recipe: Any, published: dict[str, Any]) 
 def test_every_variant_and_start_has_a_row(recipe: Any) -> None:
     rows = [row.fields for row in recipe.VARIANTS.values()]
     known = {field.name for field in dataclasses.fields(LoRAConfig)} - NO_VARIANTS
-    assert known == {name for fields in rows for name in fields}
+    assert known == {name for fields in rows for name in fields} - {"task_type"}  # by which PEFT knows an aLoRA's model
     starts = {initnames.method(fields["init"]) for fields in rows if "init" in fields}
     assert starts == set(initnames.NAMES) - {"kaiming", "off"}  # every row's own, and for debugging
 

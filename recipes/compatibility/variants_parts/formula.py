@@ -1,6 +1,9 @@
 """A model in float64 with W' and b' written into it from an adapter's file: none of hf_lora's code, none of peft's.
 
 W' = m ∘ V / ‖V‖,  V = W_k + s · B diag(σ) A,  b' = b + s · β, or the trained bias
+
+An aLoRA adds s · x Aᵀ Bᵀ on the positions from its invocation on. LoftQ's V is of W's nearest NF4 values. Layers that
+are repeated are copies.
 """
 
 from __future__ import annotations
@@ -45,9 +48,15 @@ def written_out(base: nn.Module, adapters: Mapping[Path, float] | Iterable[Path]
     for folder, weight in weights.items():
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         layers, whole = _read(folder / "adapter_model.safetensors")
+        if config.get("layer_replication"):
+            _repeat(into, config["layer_replication"])
+            base = into
         for path, value in whole.items():
             change = weight * (value.double() - base.get_parameter(path).double())
             into.get_parameter(path).data += change
+        if config.get("alora_invocation_tokens"):
+            _activate(into, layers, config, weight)
+            continue
         for path, parts in layers.items():
             _change(into.get_submodule(path), base.get_submodule(path), parts, config, path, weight)
     return into
@@ -77,6 +86,54 @@ def _scaling(config: Mapping[str, Any], path: str, parts: Mapping[str, torch.Ten
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def _repeat(model: Any, spans: Iterable[tuple[int, int]]) -> None:
+    held = model.model.layers
+    model.model.layers = nn.ModuleList(copy.deepcopy(held[i]) for first, end in spans for i in range(first, end))
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place
+    model.config.num_hidden_layers = len(model.model.layers)
+
+
+def _activate(
+    model: Any, layers: Mapping[str, dict[str, torch.Tensor]], config: Mapping[str, Any], weight: float
+) -> None:
+    tokens, seen = list(config["alora_invocation_tokens"]), {}
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        ids = (args[0] if args else kwargs["input_ids"]).tolist()
+        mask = torch.zeros(len(ids), len(ids[0]), 1, dtype=torch.float64)
+        for row, line in enumerate(ids):
+            found = [i for i in range(len(line)) if line[i : i + len(tokens)] == tokens]
+            if found:
+                mask[row, found[-1] :] = 1
+        seen["mask"] = mask
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    for path, parts in layers.items():
+        A, B, scaling = parts["A"], parts["B"], _scaling(config, path, parts)
+
+        def add(_: Any, args: Any, output: torch.Tensor, A: Any = A, B: Any = B, s: float = scaling) -> torch.Tensor:
+            return output + weight * s * seen["mask"] * (args[0] @ A.T @ B.T)
+
+        model.get_submodule(path).register_forward_hook(add)
+
+
+# The 4-bit NormalFloat of Dettmers et al. 2023 (arXiv:2305.14314, appendix E).
+_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+_NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+_NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+
+
+def _nearest(W: torch.Tensor) -> torch.Tensor:
+    """W in NF4, in blocks of 64 numbers with their largest as the scale."""
+    flat = W.flatten()
+    blocks = nn.functional.pad(flat, (0, -len(flat) % 64)).view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    codes = torch.tensor(_NF4, dtype=W.dtype)
+    found = codes[(blocks / scale.clamp_min(1e-300)).unsqueeze(-1).sub(codes).abs().argmin(-1)] * scale
+    return found.flatten()[: len(flat)].view_as(W)
+
+
 def _expanded(
     A: torch.Tensor, B: torch.Tensor, in_features: int, config: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +161,7 @@ def _change(
     W = base.weight.detach().double()
     W = W.T if turned else W
     A, B = _expanded(parts["A"], parts["B"], W.shape[1], config)
-    V = W
+    V = _nearest(W) if config.get("init_lora_weights") == "loftq" else W
     if "sigma" in parts:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         kept = len(S) - len(A)

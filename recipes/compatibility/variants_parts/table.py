@@ -20,6 +20,7 @@ class Variant:
         b_lr_ratio: LoRA+'s ratio of learning rates.
         begins: whether the model computes at step 0 what the base does: "bits"; "rounding", where products cancel
             (B·A is not zero); or "apart".
+        fell: by how much the loss has to fall in training; less where it acts on a few positions only.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Variant:
     group: str
     b_lr_ratio: float = 1.0
     begins: str = "bits"
+    fell: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ KINDS: Mapping[str, Kind] = {
     )
 }
 
+_BLOCKS = {
+    "nblocks": 2,
+    "target_modules_bd_a": ["q_proj", "c_attn"],
+    "target_modules_bd_b": ["v_proj", "down_proj", "c_fc"],
+}
 _ALONE, _START, _BOTH = "Variants", "Initialisations", "Together"
 
 VARIANTS: Mapping[str, Variant] = {
@@ -62,6 +69,12 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("LoRA-FA", {"freeze_a": True}, _ALONE),
         Variant("LoRA+", {}, _ALONE, b_lr_ratio=4.0),
         Variant("KaSA", {"kasa_config": {}}, _ALONE, begins="apart"),
+        Variant("aLoRA", {"alora_invocation_tokens": [32], "task_type": "CAUSAL_LM"}, _ALONE, fell=0.002),  # a space
+        Variant("BD-LoRA", {"use_bdlora": _BLOCKS}, _ALONE),
+        Variant("QA-LoRA", {"use_qalora": True, "qalora_group_size": 4}, _ALONE),
+        Variant("VeLoRA", {"velora_config": {"num_groups": 4}}, _ALONE),
+        Variant("MonteCLoRA", {"monteclora_config": {}}, _ALONE),
+        Variant("layers repeated", {"layer_replication": [[0, 2], [1, 2]]}, _ALONE, begins="apart"),
         Variant("gaussian", {"init": "gaussian"}, _START),
         Variant("orthogonal", {"init": "orthogonal"}, _START, begins="rounding"),
         Variant("PiSSA", {"init": "pissa"}, _START, begins="rounding"),
@@ -71,7 +84,7 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("EVA", {"init": "eva"}, _START),
         Variant("LoRA-GA", {"init": "lora_ga"}, _START, begins="rounding"),
         Variant("CorDA", {"init": "corda"}, _START, begins="rounding"),
-        Variant("LoftQ", {"init": "loftq"}, _START),
+        Variant("LoftQ", {"init": "loftq"}, _START, begins="apart"),
         Variant("DoRA + rsLoRA", {"use_dora": True, "use_rslora": True}, _BOTH),
         Variant("DoRA + lora_bias", {"use_dora": True, "lora_bias": True}, _BOTH),
         Variant("DoRA + LoRA-FA", {"use_dora": True, "freeze_a": True}, _BOTH),
@@ -88,6 +101,8 @@ VARIANTS: Mapping[str, Variant] = {
             _BOTH,
             begins="apart",
         ),
+        Variant("DoRA + BD-LoRA", {"use_dora": True, "use_bdlora": _BLOCKS}, _BOTH),
+        Variant("VeLoRA + PiSSA", {"velora_config": {"num_groups": 4}, "init": "pissa"}, _BOTH, begins="rounding"),
         Variant("KaSA + DoRA", {"kasa_config": {}, "use_dora": True}, _BOTH, begins="apart"),
     )
 }
