@@ -57,7 +57,7 @@ class Slot:
     def learned(A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Other parts of the same product: B·A − B₀·A₀ = B·(A − A₀) + (B − B₀)·A₀. `start_B` is −B₀.
 
-        Nothing large cancels, as what DoRA's norm has of W·Aᵀ in half precision must not.
+        Nothing large cancels: at step 0 it is 0 to the last bit, and DoRA's norm needs it in half precision.
         """
         return A - start_A, B, start_A, B + start_B
 
@@ -319,7 +319,7 @@ class LoRABanks(nn.Module):
         if not slot.trainable:
             A, B = self.frozen(index)
             return A.to(dtype), B.T.to(dtype)
-        pair = self.dense(index)
+        pair = self.dense(index, learned=True)
         assert pair is not None
         A, B = pair
         return A.to(dtype), (B if slot.scaling == 1 else B * slot.scaling).to(dtype)

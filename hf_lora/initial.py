@@ -115,7 +115,7 @@ def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig)
     extras = initial_extras(
         asked_for(config),
         pair.A,
-        pair.B,
+        torch.zeros_like(pair.B) if pair.anchored else pair.B,  # B·A − B₀·A₀ is 0, and not only up to rounding
         pair.scaling,
         lambda: Base.of(dense_weight(module), getattr(type(module), "lora_base", type(module))),
         random=config.init == "off",

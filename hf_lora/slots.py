@@ -104,7 +104,7 @@ class LoRASlots(LoRABanks):
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         if not fused.fits(x, own, bias) or (slot.rounded and weight != 1):
             return None
-        factors = self.dense(index)
+        factors = self.dense(index, learned=True)
         assert factors is not None
         dropout = slot.dropout if self.training else 0.0
         return PLAIN.whole(x, own, bias, *factors, slot.scaling * weight, dropout=dropout)
