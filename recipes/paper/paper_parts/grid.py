@@ -68,7 +68,7 @@ def column_name(column: Mapping[str, Any]) -> str:
 
 
 # Of a system, what its numbers depend on beside the recipe.
-_SIZES = ("bottleneck", "dropped", "tokens", "b_lr_ratio", "init_batches")
+_SIZES = ("bottleneck", "dropped", "tokens", "b_lr_ratio", "init_batches", "ranks")
 
 
 class Grid:

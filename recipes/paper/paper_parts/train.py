@@ -79,7 +79,8 @@ def run(
         _begin(model, start)
     found: dict[str, Any] = {"trainable": own, "head": head, "total": total}
     if own + head:
-        found |= _train(model, recipe, data, head_rate, step, system.get("b_lr_ratio"))
+        found |= _train(model, recipe, data, head_rate, step, system.get("b_lr_ratio"), system.get("ranks"))
+        found["trainable"], _ = methods.trainable(model)  # fewer where ranks were found
         found["cpu_seconds_beginning"] = round(beginning, 2)
     began_to_predict = time.perf_counter()
     found["predictions"] = predict(model, data, recipe, generation)
@@ -122,6 +123,7 @@ def _train(
     head_rate: float | None,
     step: Step,
     b_lr_ratio: float | None = None,
+    ranks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -132,9 +134,11 @@ def _train(
 
     class Regularised(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            found, added = super().compute_loss(*args, **kwargs), hf_lora.kasa_loss(model)
+            found, added = super().compute_loss(*args, **kwargs), regularisation(model)
             return (found[0] + added, *found[1:]) if isinstance(found, tuple) else found + added
 
+    losses = {"kasa_config": hf_lora.kasa_loss, "monteclora_config": hf_lora.monteclora_loss}
+    regularisation = next((own for field, own in losses.items() if getattr(recipe.lora, field, None) is not None), None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             **{
@@ -149,13 +153,13 @@ def _train(
             }
         )
         arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
-        made = Trainer if getattr(recipe.lora, "kasa_config", None) is None else Regularised
+        made = Trainer if regularisation is None else Regularised
         trainer = made(
             model,
             arguments,
             train_dataset=data.train,
             data_collator=lambda examples: collate(examples, data.found.pad),
-            callbacks=[Progress()],
+            callbacks=[Progress(), *([] if ranks is None else [hf_lora.RankCallback(**ranks)])],
             optimizers=(_optimizer(model, arguments, head_rate, b_lr_ratio), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
