@@ -180,17 +180,20 @@ def test_the_bases_cache_serves_before_the_invocation(tiny):
         assert not torch.equal(mine.keys[:, :, 4:], theirs.keys[:, :, 4:])
     with model.no_lora():
         cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
-    copied = copy.deepcopy(cache)
     agrees(logits(model, {"input_ids": ids[:, 3:], "past_key_values": cache}), whole.logits[:, 3:])
-    # generate goes on from it, whether it is given the whole prompt or the rest
+
+
+@pytest.mark.parametrize("seen", [0, 3], ids=["the whole prompt", "the rest of the prompt"])
+def test_generate_goes_on_from_the_bases_cache(tiny, seen):
+    model, ids = made(tiny("llama")), prompts()[:1].expand(2, -1)
+    with model.no_lora():
+        cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
     expected = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    mask = torch.ones_like(ids)
-    for given in (ids, ids[:, 3:]):
-        out = model.generate(
-            input_ids=given, attention_mask=mask, past_key_values=copy.deepcopy(copied), max_new_tokens=4,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
-        assert torch.equal(out[:, -4:], expected[:, -4:])
+    out = model.generate(
+        input_ids=ids[:, seen:], attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(out[:, -4:], expected[:, -4:])
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
