@@ -259,7 +259,7 @@ def test_the_published_table_is_of_the_published_samples(parts: Any) -> None:
     assert (PUBLISHED / "serving.md").read_text(encoding="utf-8") == parts.report.as_markdown(data)
 
 
-@pytest.mark.parametrize("name", ["training"])
+@pytest.mark.parametrize("name", ["training", "variants"])
 def test_the_published_training_table_is_of_the_published_samples(parts: Any, name: str) -> None:
     from training_parts import sections, variants
 
