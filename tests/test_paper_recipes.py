@@ -163,7 +163,7 @@ def test_variants_are_compared_with_lora_at_one_budget(smoke: Any, peft: Any, mo
     found = smoke("variants-compared")
     lora, *others = found["rows"]
     for row in others:
-        assert 1 <= row["trainable"] / lora["trainable"] < 1.2  # DoRA's magnitudes are many on a tiny base
+        assert 0.93 < row["trainable"] / lora["trainable"] < 1.2  # BD-LoRA has whole ranks; DoRA, many outputs here
         assert {"low", "high", "noise"} <= row["columns"][0]["against LoRA"].keys()
         assert row["columns"][0]["saved_bytes"] > 0
     (plus,) = rates  # LoRA+ alone: the smoke profile has no rate of the head's own

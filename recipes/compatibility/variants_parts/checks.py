@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unittest.mock
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from hf_lora.errors import LoRAConfigError, LoRAError, LoRAFileError, LoRAStateE
 from .scenes import ROWS, Scene, agree, bits, logits, loss, require, same_bits, task, text
 
 __all__ = ["CHECKS", "Check", "PeftCannot", "said"]
+
+
+_FOLDER = r"/\S*/(?=[\w.]+\.(?:safetensors|json)\b)"  # a run's own
 
 
 class PeftCannot(Exception):
@@ -225,4 +229,4 @@ def said(error: BaseException) -> str:
     """The first line of an error's message that says something, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     shown = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    return f"{type(error).__name__}: {shown}"
+    return f"{type(error).__name__}: {re.sub(_FOLDER, '', shown)}"
