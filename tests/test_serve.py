@@ -335,6 +335,8 @@ def test_on_a_real_ray(base, tmp_path_factory, monkeypatch):
     import ray
     from ray import serve
 
+    for module in ("api", "client"):  # no variable of the environment sets this one
+        monkeypatch.setattr(f"ray.serve._private.{module}.HTTP_PROXY_TIMEOUT", 240)
     model, folder, adapters = base
     started: set[Any] = set()
     before, port = set(psutil.Process().children(recursive=True)), free_port()
