@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRARouteError, LoRAStateError, LoRAUnsupportedError
-from .layerinfo import modules_of
+from .layerinfo import modules_of, unhook
 from .rowmaps import argument_names
 from .state import Active, Block, Entry, LoRAState, leave
 
@@ -371,12 +371,7 @@ def state_at(module: nn.Module) -> LoRAState | None:
 
 def unhook_activation(model: nn.Module) -> None:
     """Take the hooks away again."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Hook)]:
-                del hooks[key]
-                for names in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-                    getattr(module, names).pop(key, None)
+    unhook(model, _Hook)
 
 
 def refuse_activation(

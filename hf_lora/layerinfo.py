@@ -11,7 +11,7 @@ from torch import nn
 
 from .architectures import EXPERT_PARAMETERS
 
-__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "why_not"]
+__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "why_not", "unhook"]
 
 
 # Names of the children that hf_lora gives to a module: what adapters hold is not part of the base.
@@ -178,3 +178,13 @@ def _refused_class(own: Any) -> str | None:
             if not (rule.overridden and plain) and rule.name.search(cls.__name__):
                 return rule.reason
     return None
+
+
+def unhook(model: nn.Module, owner: type) -> None:
+    """Take away every forward hook of the model that is a method of an `owner`."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), owner)]:
+                del hooks[key]
+                for names in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                    getattr(module, names).pop(key, None)

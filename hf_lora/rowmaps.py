@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import architectures as arch
-from .layerinfo import modules_of
+from .layerinfo import modules_of, unhook
 from .routing import batch_of
 from .rowsources import MAPPED, Rows, read, refuse
 from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed, tracing
@@ -171,12 +171,7 @@ def hook_row_maps(model: nn.Module, state: LoRAState) -> None:
 
 def unhook_row_maps(model: nn.Module) -> None:
     """Take the hooks away again."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Hook)]:
-                del hooks[key]
-                for names in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-                    getattr(module, names).pop(key, None)
+    unhook(model, _Hook)
 
 
 def _is_told(module: nn.Module) -> bool:
