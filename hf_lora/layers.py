@@ -161,8 +161,18 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
     """`LoRA<Base>`: the same class for the same base, so that torch.compile and isinstance see one type."""
     if (mixin, base) not in _CLASSES:
         names = {"lora_base": base, "lora_mixin": mixin, "__module__": mixin.__module__}
-        _CLASSES[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), names)
+        # The base comes first: Python lets an object change its class only where the first bases lead to one layout
+        # (quanto's first base is no nn.Module). So the mixin's own methods stand in the class itself.
+        _CLASSES[mixin, base] = type(f"LoRA{base.__name__}", (base, mixin), {**_methods(mixin), **names})
     return _CLASSES[mixin, base]
+
+
+def _methods(mixin: type[Swapped]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for cls in reversed(mixin.__mro__):
+        if issubclass(cls, Swapped):
+            found |= {name: value for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
+    return found
 
 
 def _rebuild(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends import backend_of
 from .errors import LoRAStateError, LoRAUnsupportedError
 from .exact import Factored, Record, Scratch, added, fingerprint, restored
 from .extras import EXTRAS
@@ -23,6 +24,7 @@ from .layers import LoRAHead
 from .model import effect_on, read, require
 from .replication import require_plain
 from .sharding import refuse_sharded
+from .standins import Kept, KeptModel, dense
 from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
@@ -47,35 +49,58 @@ class Merged:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # biases and heads: the base's own values
     written: dict[str, bytes] = field(default_factory=dict)  # and the fingerprints of the adapter's
     ties: dict[str, nn.Parameter] = field(default_factory=dict)  # what stood where a weight got a copy of its own
+    quantised: dict[str, Kept] = field(default_factory=dict)  # layers that were quantised anew, as they were
+    dense: KeptModel | None = None  # the model before it was dequantised
 
     @property
     def nbytes(self) -> int:
         """What undoing the merge holds in memory; a weight that was untied counts, too."""
-        kept = [*self.tensors.values(), *self.ties.values()]
-        return sum(record.nbytes for record in self.weights.values()) + sum(tensor.nbytes for tensor in kept)
+        tensors = [*self.tensors.values(), *self.ties.values()]
+        kept = [*self.weights.values(), *tensors, *self.quantised.values(), *([self.dense] if self.dense else [])]
+        return sum(each_of.nbytes for each_of in kept)
 
 
-def merge_lora(model: nn.Module, which: Which = None, *, replace: bool = False, untie: bool = False) -> Merged:
+def merge_lora(
+    model: nn.Module,
+    which: Which = None,
+    *,
+    replace: bool = False,
+    untie: bool = False,
+    dequantize: bool = False,
+) -> Merged:
     """W ← round(W + Σ wᵢ ΔWᵢ), so that the model runs at the base's speed; exactly undone by `unmerge_lora`.
 
     Until then the record keeps the factors, the weights that rounding moved (about a tenth of them where ‖ΔW‖/‖W‖ is
     0.1) and their places, which take 3 bits a weight at most.
+
+    A quantised layer holds round(Q + ΔW) meanwhile, quantised anew by the library that quantised it, and its own
+    tensors are kept beside it: so many bytes more.
 
     Args:
         which: what to merge, as in `set_lora`; None merges what is active by default.
         replace: if something is merged already, put this in its place: W + ΔA → W + ΔB in one go, bit for bit what a
             merge into the base gives.
         untie: a weight that is tied to a layer that the adapter does not change gets a copy of its own while merged.
+        dequantize: while merged every quantised layer is a matrix of floats, in the dtype that it computes in, so that
+            ΔW is not rounded to the quantisation's steps, and `save_pretrained` writes a model that is not quantised.
 
     Raises:
         LoRAStateError: merged already (without `replace`), an open `use_lora`, `no_lora` or `route_lora` in any thread,
             training, nothing active, or an adapter that is not finite or overflows the weights' dtype. The weights, and
             what is merged, are then as before.
-        LoRAUnsupportedError: a quantised or offloaded weight, or a tied one without `untie`.
+        LoRAUnsupportedError: an offloaded weight, a quantised one that cannot be written, or a tied one without
+            `untie`.
     """
     if model.training:
         raise LoRAStateError("merge_lora() cannot be used while the model trains.", remedy="Call model.eval() first.")
-    return _merge(model, which, replace, untie, "merge_lora")
+    if dequantize and replace:
+        raise LoRAStateError(
+            "replace=True takes over how the merge before it was made: dequantize=True is for a first merge.",
+            name="dequantize",
+            value=True,
+            remedy="Leave dequantize out, or call unmerge_lora() first.",
+        )
+    return _merge(model, which, replace, untie, "merge_lora", dequantize)
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -88,7 +113,10 @@ def unmerge_lora(model: nn.Module) -> None:
     with state.lock:
         if state.merged is None:
             raise LoRAStateError("No adapter is merged into this model.", remedy="Call merge_lora() first.")
+        before = state.merged.dense
         _change(model, state.merged, Merged(NOTHING), {}, {}, {})
+        if before is not None:
+            before.restore()
         state.merged = None
 
 
@@ -110,7 +138,7 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
     for entry in active.entries:
         refuse_invoked(entry.record.config)
     for path in _layers(active):
-        mergeable(model.get_submodule(path), path)
+        _require_writable(model.get_submodule(path), path)
     for path in _offsets(active):
         if getattr(model.get_submodule(path), "bias", None) is None:
             raise LoRAUnsupportedError(
@@ -123,7 +151,22 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
         refuse_tied(model, _touched(model, active))
 
 
-def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str) -> Merged:
+def _require_writable(module: nn.Module, path: str) -> None:
+    backend = backend_of(module)
+    if backend is None:
+        mergeable(module, path)
+    elif backend.write is None:
+        raise LoRAUnsupportedError(
+            f"{path}: a weight cannot be quantised anew for {backend.name}.",
+            name=path,
+            value=type(module).__name__,
+            remedy="Pass dequantize=True to merge_lora(), or load the base without quantisation.",
+        )
+
+
+def _merge(
+    model: nn.Module, which: Which, replace: bool, untie: bool, verb: str, dequantize: bool = False
+) -> Merged:
     state = require(model)
     require_plain(model, verb)
     remedy = "save_lora(), and merge where the base is whole, in one process."
@@ -137,16 +180,29 @@ def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str
             raise LoRAStateError(
                 "No adapter is active, so there is nothing to merge.", remedy=f'Name one: {verb}(…, "task").'
             )
-        with as_before(model, {} if old is None else old.ties):
-            require_mergeable(model, active, untie=untie)
-        values = {entry.name: read(model, entry.name) for entry, _ in active.mixture}
-        changes, whole = _changes(model, active, values), _whole(model, active, values, old.tensors if old else {})
-        new = Merged(active)
-        with _held(state, verb, new):
+        new = Merged(active, dense=None if old is None else old.dense)
+        with _held(state, verb, new), _dequantised(model, new, dequantize):
+            with as_before(model, {} if old is None else old.ties):
+                require_mergeable(model, active, untie=untie)
+            values = {entry.name: read(model, entry.name) for entry, _ in active.mixture}
+            changes, whole = _changes(model, active, values), _whole(model, active, values, old.tensors if old else {})
             apart = _touched(model, active) if untie else []
             _change(model, old or Merged(NOTHING), new, changes, whole, apart)
             state.merged = new
     return new
+
+
+@contextmanager
+def _dequantised(model: nn.Module, new: Merged, wanted: bool) -> Iterator[None]:
+    """Make the model dense for a merge; it is as before if that fails."""
+    if wanted:
+        new.dense = dense(model)
+    try:
+        yield
+    except BaseException:
+        if wanted and new.dense is not None:
+            new.dense.restore()
+        raise
 
 
 @contextmanager
@@ -302,7 +358,9 @@ def _change(
         apart: Parameters that get a copy of their own if they are tied.
     """
     modules = dict(model.named_modules())
-    paths = list(dict.fromkeys([*old.weights, *changes]))
+    quantised = list(dict.fromkeys([*old.quantised, *(path for path in changes if backend_of(modules[path]))]))
+    paths = [path for path in dict.fromkeys([*old.weights, *changes]) if path not in quantised]
+    undone: list[Kept] = []
 
     def forward(path: str, scratch: Scratch) -> None:
         weight, was = mergeable(modules[path], path).detach(), old.weights.get(path)
@@ -338,18 +396,40 @@ def _change(
             with as_before(model, {path: shared for path, shared in old.ties.items() if path not in apart}):
                 untie(model, apart, new.ties)
         each(forward, paths, _on_cpu(modules))
+        for path in quantised:
+            undone.append(Kept(modules[path]))
+            _requantise(model, modules[path], path, old, new, changes.get(path))
         if whole:
             own = _tensors(model)
             new.tensors.update({name: own[name].clone() for name in whole})
             _write(model, whole)
             new.written.update({name: fingerprint(own[name]) for name in whole})
     except BaseException:
+        for kept in undone:
+            kept.restore()
         _write(model, new.tensors)
         each(backward, paths, _on_cpu(modules))
         retie(model, {path: shared for path, shared in new.ties.items() if path not in old.ties})
         _write(model, _whole(model, old.active, {e.name: read(model, e.name) for e in old.active.entries}, {}))
         raise
     retie(model, {path: shared for path, shared in old.ties.items() if path not in new.ties})
+
+
+def _requantise(
+    model: nn.Module, module: nn.Module, path: str, old: Merged, new: Merged, change: Change | None
+) -> None:
+    """Give a quantised layer its own tensors back, and then what `change` makes of them, quantised as they are."""
+    if path in old.quantised:
+        old.quantised[path].restore()
+    if change is None:
+        return
+    backend = backend_of(module)
+    assert backend is not None and backend.write is not None
+    own, kept = backend.read(module), Kept(module)
+    scratch = Scratch()
+    backend.write(module, added(own, change(own), path, scratch)[0].clone(), model)
+    kept.hold()
+    new.quantised[path] = kept
 
 
 def _on_cpu(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
@@ -363,6 +443,8 @@ def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _require_unchanged(model: nn.Module, merged: Merged) -> None:
+    for path, kept in merged.quantised.items():
+        kept.require_unchanged(path)
     own = _tensors(model) if merged.written else {}
     for name, before in merged.written.items():
         if fingerprint(own[name]) != before:

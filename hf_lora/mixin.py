@@ -189,18 +189,26 @@ class LoRAMixin:
         """Choose which adapters train: these and no others. Make a new optimizer afterwards."""
         placing.train(self, names)
 
-    def merge_lora(self: Any, which: Which = None, *, replace: bool = False, untie: bool = False) -> None:
+    def merge_lora(
+        self: Any,
+        which: Which = None,
+        *,
+        replace: bool = False,
+        untie: bool = False,
+        dequantize: bool = False,
+    ) -> None:
         """W ← W + ΔW of what is active (or of `which`); `unmerge_lora` restores every bit.
 
         Args:
             which: a name, names, or {name: weight}; None is what is active by default.
             replace: in place of what is merged already, if anything: W + ΔA → W + ΔB, layer by layer.
             untie: a weight that is tied to another layer's gets a copy of its own while merged, instead of an error.
+            dequantize: a quantised base is dense while merged; otherwise W + ΔW is quantised as W was.
 
         Raises:
             LoRAStateError, LoRAUnsupportedError: nothing has changed then, and what was merged still is.
         """
-        merging.merge_lora(self, which, replace=replace, untie=untie)
+        merging.merge_lora(self, which, replace=replace, untie=untie, dequantize=dequantize)
 
     def unmerge_lora(self: Any) -> None:
         """Take out what `merge_lora` put in; every bit of the base is as before."""

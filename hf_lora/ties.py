@@ -91,6 +91,8 @@ def as_before(model: nn.Module, ties: Mapping[str, nn.Parameter]) -> Iterator[No
 
 
 def _memory(tensor: Tensor) -> tuple[torch.device, int]:
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others (torchao, quanto): it has no memory of its own
+        return tensor.device, id(tensor)
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
 
 

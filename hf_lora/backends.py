@@ -1,0 +1,230 @@
+"""How libraries hold a layer's weight quantised: how it is read whole, and how another takes its place; a table.
+
+Layers are told by the names of their classes and of their weights', so that no library is imported for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRAStateError, LoRAUnsupportedError
+
+__all__ = ["BACKENDS", "Backend", "backend_of", "logical_numel", "stored_bytes"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of holding a weight.
+
+    Attributes:
+        name: what it is called, for messages.
+        holds: whether a layer's weight is held so.
+        read: gives the weight, (out, in), in the dtype that the library computes in.
+        write: quantises a weight of that dtype, (out, in), as the layer's own was, and puts it into the layer: new
+            tensors, so that the old ones stay what they are. None where nothing can be written.
+    """
+
+    name: str
+    holds: Callable[[Any], bool]
+    read: Callable[[Any], Tensor]
+    write: Callable[[Any, Tensor, Any], None] | None = None
+
+
+def backend_of(module: nn.Module) -> Backend | None:
+    """How the layer's weight is quantised; None for one of plain floats, and for what has no weight."""
+    return next((backend for backend in BACKENDS if backend.holds(module)), None)
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def _read_4bit(module: Any) -> Tensor:
+    state = module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        # A forward in eval mode on a CPU has rearranged it; bitsandbytes' way back loses scales.
+        raise LoRAStateError(
+            f"bitsandbytes has rearranged the weight of this {type(module).__name__} for the CPU, in which form it "
+            "cannot be read back.",
+            remedy="Load the base again, and add the adapter before the model has run in eval mode.",
+        )
+    found: Tensor = _functional().dequantize_4bit(module.weight.data, state)
+    return found
+
+
+def _write_4bit(module: Any, weight: Tensor, model: Any) -> None:
+    old = module.weight
+    settings = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    module.weight = type(old)(weight.cpu(), requires_grad=False, **settings, module=module).to(old.device)
+
+
+def _read_8bit(module: Any) -> Tensor:
+    scales = getattr(module.weight, "SCB", None)
+    found: Tensor = _functional().int8_vectorwise_dequant(
+        module.weight.data, module.state.SCB if scales is None else scales
+    )
+    return found
+
+
+def _write_8bit(module: Any, weight: Tensor, model: Any) -> None:
+    old = module.weight
+    module.state = copy.copy(module.state)  # what it holds belongs to the old weight
+    module.state.CB = module.state.SCB = None
+    module.state.reset_grads()
+    module.weight = type(old)(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(old.device)
+
+
+def _functional() -> Any:
+    from bitsandbytes import functional  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return functional
+
+
+# ---- torchao, quanto, HQQ --------------------------------------------------------------------------------------------
+
+
+def _read_tensor(module: Any) -> Tensor:
+    found: Tensor = module.weight.dequantize()
+    return found
+
+
+def _write_torchao(module: Any, weight: Tensor, model: Any) -> None:
+    from torchao.quantization import quantize_  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    make = getattr(config, "get_apply_tensor_subclass", None)
+    if make is None:
+        raise LoRAUnsupportedError(
+            f"How torchao quantised this {type(module).__name__} is not known: the model was not loaded with a "
+            "TorchAoConfig.",
+            value=type(module.weight).__name__,
+            remedy="Pass dequantize=True, or load the model with from_pretrained(..., quantization_config=...).",
+        )
+    place = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    place.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(place, make())
+    if type(place.weight) is not type(module.weight):
+        raise LoRAUnsupportedError(
+            f"The model's TorchAoConfig gives a {type(place.weight).__name__}, and this layer has a "
+            f"{type(module.weight).__name__}.",
+            value=type(module.weight).__name__,
+            remedy="Pass dequantize=True.",
+        )
+    module.weight = nn.Parameter(place.weight.detach(), requires_grad=False)
+
+
+def _write_quanto(module: Any, weight: Tensor, model: Any) -> None:
+    old = module.weight
+    try:
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        found = module.qweight  # quanto quantises a weight of floats when it is asked for this
+    except BaseException:
+        module.weight = old
+        raise
+    module.weight = nn.Parameter(found.detach(), requires_grad=False)
+
+
+def _read_hqq(module: Any) -> Tensor:
+    found: Tensor = module.dequantize()
+    return found
+
+
+def _write_hqq(module: Any, weight: Tensor, model: Any) -> None:
+    base = getattr(type(module), "lora_base", type(module))
+    settings = copy.deepcopy(module.quant_config)
+    made = {**copy.deepcopy(settings), "offload_meta": module.offload_meta}
+    fresh = base(None, made, compute_dtype=module.compute_dtype, device=module.device)
+    fresh.quantize(weight, **{name: value for name, value in settings.items() if name != "offload_meta"})
+    module.W_q, module.meta = fresh.W_q, fresh.meta
+
+
+# ---- read only -------------------------------------------------------------------------------------------------------
+
+
+def _read_gptq(module: Any) -> Tensor:
+    found: Tensor = module.dequantize_weight()  # (in, out)
+    return found.T
+
+
+def _read_fp8(module: Any) -> Tensor:
+    weight, scale = module.weight, module.weight_scale_inv
+    rows, columns = (-(-size // count) for size, count in zip(weight.shape, scale.shape, strict=True))
+    wide = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    return weight.to(scale.dtype) * wide
+
+
+def _weight_named(name: str) -> Callable[[Any], bool]:
+    return lambda module: type(getattr(module, "weight", None)).__name__ == name
+
+
+def _weight_from(package: str) -> Callable[[Any], bool]:
+    return lambda module: f"{type(getattr(module, 'weight', None)).__module__}.".startswith(f"{package}.")
+
+
+def _fp8(module: Any) -> bool:
+    weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale_inv", None)
+    narrow = isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize == 1
+    return narrow and isinstance(scale, Tensor) and scale.dim() == 2
+
+
+def _gptq(module: Any) -> bool:
+    return callable(getattr(module, "dequantize_weight", None)) and hasattr(module, "qweight")
+
+
+def _hqq(module: Any) -> bool:
+    return hasattr(module, "W_q") and any(cls.__name__ == "HQQLinear" for cls in type(module).__mro__)
+
+
+BACKENDS = (
+    Backend("bitsandbytes, 4 bits", _weight_named("Params4bit"), _read_4bit, _write_4bit),
+    Backend("bitsandbytes, 8 bits", _weight_named("Int8Params"), _read_8bit, _write_8bit),
+    Backend("torchao", _weight_from("torchao"), _read_tensor, _write_torchao),
+    Backend("quanto", _weight_from("optimum.quanto"), _read_tensor, _write_quanto),
+    Backend("HQQ", _hqq, _read_hqq, _write_hqq),
+    Backend("GPTQ or AWQ", _gptq, _read_gptq),
+    Backend("block-wise FP8", _fp8, _read_fp8),
+)
+"""The first that holds a layer's weight is its backend."""
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def logical_numel(module: nn.Module, tensor: Tensor) -> int:
+    """How many numbers a Parameter of this module stands for: a packed weight's are the layer's out · in."""
+    sizes = vars(module).get("out_features"), vars(module).get("in_features")
+    packed = tensor is getattr(module, "weight", None) and type(tensor).__name__ == "Params4bit"
+    return sizes[0] * sizes[1] if packed and all(isinstance(size, int) for size in sizes) else tensor.numel()  # type: ignore[operator]
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Bytes of everything that a Parameter holds: packed numbers, scales, zero points."""
+    return sum(part.numel() * part.element_size() for part in _parts(tensor, set()))
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is not None:
+        for name in flatten()[0]:
+            yield from _parts(getattr(value, name), seen)
+        return
+    if isinstance(value, Tensor):
+        yield value
+    for name in ("quant_state", "SCB"):
+        held = getattr(value, name, None)
+        if isinstance(held, Tensor):
+            yield from _parts(held, seen)
+        elif held is not None:
+            for part in vars(held).values():
+                nested = vars(part).values() if hasattr(part, "absmax") else (part,)  # of double quantisation
+                for tensor in nested:
+                    if isinstance(tensor, Tensor):
+                        yield from _parts(tensor, seen)
