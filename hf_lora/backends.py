@@ -6,16 +6,15 @@ Layers are told by the names of their classes and of their weights', so that no 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .errors import LoRAStateError, LoRAUnsupportedError
 
-__all__ = ["BACKENDS", "Backend", "backend_of", "logical_numel", "stored_bytes"]
+__all__ = ["BACKENDS", "Backend", "backend_of", "sizes_of", "stored_bytes"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,19 @@ class Backend:
         read: gives the weight, (out, in), in the dtype that the library computes in.
         write: quantises a weight of that dtype, (out, in), as the layer's own was, and puts it into the layer: new
             tensors, so that the old ones stay what they are. None where nothing can be written.
+        detail: which of its ways, in a few words.
     """
 
     name: str
     holds: Callable[[Any], bool]
     read: Callable[[Any], Tensor]
     write: Callable[[Any, Tensor, Any], None] | None = None
+    detail: Callable[[Any], str] = lambda module: ""
+
+    def described(self, module: nn.Module) -> str:
+        """What a layer's weight is, for a card."""
+        detail = self.detail(module)
+        return f"{self.name} ({detail})" if detail else self.name
 
 
 def backend_of(module: nn.Module) -> Backend | None:
@@ -59,8 +65,15 @@ def _read_4bit(module: Any) -> Tensor:
 
 def _write_4bit(module: Any, weight: Tensor, model: Any) -> None:
     old = module.weight
-    settings = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    settings = {
+        name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
     module.weight = type(old)(weight.cpu(), requires_grad=False, **settings, module=module).to(old.device)
+
+
+def _detail_4bit(module: Any) -> str:
+    state = module.weight.quant_state
+    return str(state.quant_type) + (", double quantisation" if getattr(state, "nested", False) else "")
 
 
 def _read_8bit(module: Any) -> Tensor:
@@ -143,6 +156,16 @@ def _write_hqq(module: Any, weight: Tensor, model: Any) -> None:
     module.W_q, module.meta = fresh.W_q, fresh.meta
 
 
+def _detail_tensor(module: Any) -> str:
+    kind = getattr(module.weight, "qtype", None)  # quanto's
+    return str(getattr(kind, "name", None) or type(module.weight).__name__)
+
+
+def _detail_hqq(module: Any) -> str:
+    settings = module.quant_config.get("weight_quant_params", {})
+    return f"{settings.get('nbits')} bits in groups of {settings.get('group_size')}"
+
+
 # ---- read only -------------------------------------------------------------------------------------------------------
 
 
@@ -181,11 +204,11 @@ def _hqq(module: Any) -> bool:
 
 
 BACKENDS = (
-    Backend("bitsandbytes, 4 bits", _weight_named("Params4bit"), _read_4bit, _write_4bit),
+    Backend("bitsandbytes, 4 bits", _weight_named("Params4bit"), _read_4bit, _write_4bit, _detail_4bit),
     Backend("bitsandbytes, 8 bits", _weight_named("Int8Params"), _read_8bit, _write_8bit),
-    Backend("torchao", _weight_from("torchao"), _read_tensor, _write_torchao),
-    Backend("quanto", _weight_from("optimum.quanto"), _read_tensor, _write_quanto),
-    Backend("HQQ", _hqq, _read_hqq, _write_hqq),
+    Backend("torchao", _weight_from("torchao"), _read_tensor, _write_torchao, _detail_tensor),
+    Backend("quanto", _weight_from("optimum.quanto"), _read_tensor, _write_quanto, _detail_tensor),
+    Backend("HQQ", _hqq, _read_hqq, _write_hqq, _detail_hqq),
     Backend("GPTQ or AWQ", _gptq, _read_gptq),
     Backend("block-wise FP8", _fp8, _read_fp8),
 )
@@ -195,11 +218,21 @@ BACKENDS = (
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def logical_numel(module: nn.Module, tensor: Tensor) -> int:
-    """How many numbers a Parameter of this module stands for: a packed weight's are the layer's out · in."""
-    sizes = vars(module).get("out_features"), vars(module).get("in_features")
-    packed = tensor is getattr(module, "weight", None) and type(tensor).__name__ == "Params4bit"
-    return sizes[0] * sizes[1] if packed and all(isinstance(size, int) for size in sizes) else tensor.numel()  # type: ignore[operator]
+def sizes_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Numbers and bytes of a module's own tensors: a quantised weight is out · in numbers, and its scales are bytes.
+
+    Args:
+        tensors: those of its Parameters that count, by name.
+    """
+    backend = backend_of(module)
+    if backend is None:
+        return sum(t.numel() for t in tensors.values()), sum(stored_bytes(t) for t in tensors.values())
+    layer: Any = module
+    bias = tensors.get("bias")
+    numbers = layer.out_features * layer.in_features + (0 if bias is None else bias.numel())
+    scales = [value for value in (vars(module).get("meta") or {}).values() if isinstance(value, Tensor)]  # HQQ's
+    held = [*tensors.values(), *module._buffers.values(), *scales]
+    return numbers, sum(stored_bytes(tensor) for tensor in held if tensor is not None)
 
 
 def stored_bytes(tensor: Any) -> int:
@@ -218,13 +251,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Tensor]:
         return
     if isinstance(value, Tensor):
         yield value
-    for name in ("quant_state", "SCB"):
-        held = getattr(value, name, None)
-        if isinstance(held, Tensor):
-            yield from _parts(held, seen)
-        elif held is not None:
-            for part in vars(held).values():
-                nested = vars(part).values() if hasattr(part, "absmax") else (part,)  # of double quantisation
-                for tensor in nested:
-                    if isinstance(tensor, Tensor):
-                        yield from _parts(tensor, seen)
+    state = hasattr(value, "absmax")  # bitsandbytes' state of a weight, which may hold another one
+    for part in vars(value).values() if state else [getattr(value, name, None) for name in ("quant_state", "SCB")]:
+        if isinstance(part, Tensor) or hasattr(part, "absmax"):
+            yield from _parts(part, seen)

@@ -62,6 +62,7 @@ def update(
     repo_id: str | None = None,
     subfolder: str | None = None,
     architecture: str | None = None,
+    quantised: str | None = None,
     words: str | None = None,
 ) -> str:
     """A repo's README after a push of `value`. Doing it again with the same arguments changes nothing.
@@ -78,6 +79,7 @@ def update(
         repo_id: where it will be, for the examples; None writes "<user>/<name>".
         subfolder: the adapter's folder in the repo; None is the root.
         architecture: the base's class, such as "LlamaForCausalLM"; None takes the config's, if it says one.
+        quantised: how the base was quantised while the adapter trained; None if it was not.
         words: a README to put in place of what `existing` says outside of the generated sections. Its metadata wins
             over that of `existing`.
 
@@ -86,7 +88,7 @@ def update(
         LoRAMismatchError: there is no id for the base, or the README's own base_model is another base.
     """
     base = require_hub_id(value.config.base_model) if base_model is None else require_hub_id(base_model, given=True)
-    facts = cardtext.facts_of(value, run, base, repo_id, subfolder or "", architecture)
+    facts = cardtext.facts_of(value, run, base, repo_id, subfolder or "", architecture, quantised)
     old_yaml, old_body = split(_lines(existing or ""))
     front, body, kept = FrontMatter(old_yaml), old_body, _sections(old_body, "README.md")
     given: set[str] = set()

@@ -121,6 +121,7 @@ class AdapterFacts:
     repo_id: str
     subfolder: str
     task: tuple[str, str | None]
+    quantised: str | None = None
 
     @property
     def name(self) -> str:
@@ -239,6 +240,7 @@ class AdapterFacts:
         ranks = set(config.resolve(value.factors).values()) or {(config.r, config.alpha or config.r)}
         rows = [
             ["base model", code(self.base)],
+            *([["base quantised", code(self.quantised)]] if self.quantised else []),
             ["rank", _range(r for r, _ in ranks)],
             ["alpha", _range(alpha for _, alpha in ranks)],
             ["scaling", f"{_range(f.scaling for f in factors)} ({'α/√r' if config.use_rslora else 'α/r'})"],
@@ -309,7 +311,13 @@ def _fenced(language: str, text: str) -> str:
 
 
 def facts_of(
-    value: AdapterValue, run: RunFacts | None, base: str, repo_id: str | None, subfolder: str, architecture: str | None
+    value: AdapterValue,
+    run: RunFacts | None,
+    base: str,
+    repo_id: str | None,
+    subfolder: str,
+    architecture: str | None,
+    quantised: str | None = None,
 ) -> AdapterFacts:
     """Gather what the card says. `architecture`: a class of transformers; None takes what the config says of it.
 
@@ -323,7 +331,7 @@ def facts_of(
     stock = architecture is not None or str(mapping.get("parent_library")).startswith("transformers.models.")
     if stock and said.isidentifier() and not said.endswith(tuple(_CLASSES)):
         task = (said, task[1])
-    return AdapterFacts(value, run, base, repo_id or "user/name", subfolder, task)
+    return AdapterFacts(value, run, base, repo_id or "user/name", subfolder, task, quantised)
 
 
 def index(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:

@@ -216,6 +216,7 @@ def push(
     force: bool = False,
     run: RunFacts | None = None,
     architecture: type[Any] | None = None,
+    quantised: str | None = None,
 ) -> CommitInfo:
     """Push an adapter as one commit of adapter_config.json, adapter_model.safetensors and README.md.
 
@@ -237,6 +238,7 @@ def push(
         force: push an adapter that is not finite or was never trained.
         run: how it was trained, for the card.
         architecture: the base's class, for the card and for those who load it.
+        quantised: how the base was quantised while the adapter trained, for the card.
 
     Raises:
         LoRAHubError: the Hub refused or failed; `kind` says how. Nothing was pushed.
@@ -266,6 +268,7 @@ def push(
                 repo_id=repo_id,
                 subfolder=subfolder,
                 architecture=None if architecture is None else architecture.__name__,
+                quantised=quantised,
                 words=words,
             )
             _refuse_secrets(folder, {CARD_NAME: text, "the commit's message": message}, tokens)

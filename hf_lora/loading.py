@@ -17,6 +17,7 @@ from .bases import hub_id, same_base
 from .errors import LoRAFileError, LoRAMismatchError, LoRANameError
 from .layerinfo import is_held
 from .model import put, read, refill, require
+from .quantised import described
 from .sharding import first_alone
 from .values import AdapterValue
 
@@ -173,7 +174,7 @@ def push_lora(model: nn.Module, repo_id: str, *, adapter: str | None = None, **o
         options["base_model"] = hub_id(getattr(getattr(model, "config", None), "_name_or_path", None))
     options.setdefault("run", require(model).entry(name).record.run)
     plain = next((cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")), None)
-    return hub.push(value, repo_id, architecture=plain, **options)
+    return hub.push(value, repo_id, architecture=plain, quantised=described(model), **options)
 
 
 def save_lora(

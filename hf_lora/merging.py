@@ -55,9 +55,9 @@ class Merged:
     @property
     def nbytes(self) -> int:
         """What undoing the merge holds in memory; a weight that was untied counts, too."""
-        tensors = [*self.tensors.values(), *self.ties.values()]
-        kept = [*self.weights.values(), *tensors, *self.quantised.values(), *([self.dense] if self.dense else [])]
-        return sum(each_of.nbytes for each_of in kept)
+        kept: list[Any] = [*self.tensors.values(), *self.ties.values(), *self.quantised.values()]
+        whole = 0 if self.dense is None else self.dense.nbytes
+        return sum(record.nbytes for record in self.weights.values()) + sum(one.nbytes for one in kept) + whole
 
 
 def merge_lora(
@@ -164,9 +164,7 @@ def _require_writable(module: nn.Module, path: str) -> None:
         )
 
 
-def _merge(
-    model: nn.Module, which: Which, replace: bool, untie: bool, verb: str, dequantize: bool = False
-) -> Merged:
+def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str, dequantize: bool = False) -> Merged:
     state = require(model)
     require_plain(model, verb)
     remedy = "save_lora(), and merge where the base is whole, in one process."
@@ -424,7 +422,8 @@ def _requantise(
     if change is None:
         return
     backend = backend_of(module)
-    assert backend is not None and backend.write is not None
+    assert backend is not None
+    assert backend.write is not None
     own, kept = backend.read(module), Kept(module)
     scratch = Scratch()
     backend.write(module, added(own, change(own), path, scratch)[0].clone(), model)

@@ -25,6 +25,8 @@ from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .preparing import unprepare
+from .quantised import hold_still, let_go, refuse_rearranged
 from .replication import replicated, restore_layers
 from .rounding import rounding_of
 from .routing import batch_of
@@ -222,6 +224,8 @@ def _put(
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
+    if trainable:
+        refuse_rearranged(model)
     reshard(model)
     plan = make_plan(model, value, state, complete=complete, finite=finite, modules=modules)
     kinds = {path: factors.kind for path, factors in value.factors.items()}
@@ -497,6 +501,7 @@ def _attach(model: nn.Module) -> LoRAState:
                 trained.append(f"{path}.{name}" if path else name)
                 parameter.requires_grad_(False)
     state.facts["trained"] = trained
+    hold_still(model)
     setattr(model, _STATE, state)
     setattr(model, _UNSYNCED, _Unsynced(model, tuple(getattr(model, _UNSYNCED, ()))))
     model.register_forward_pre_hook(_check_batch, with_kwargs=True)
@@ -528,6 +533,8 @@ def _detach(model: nn.Module, state: LoRAState) -> None:
         if path in trained:
             parameter.requires_grad_(True)
     delattr(model, _STATE)
+    let_go(model)
+    unprepare(model)
     unsynced = model.__dict__.pop(_UNSYNCED, None)
     if isinstance(unsynced, _Unsynced) and unsynced.others:
         setattr(model, _UNSYNCED, unsynced.others)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .backends import backend_of, stored_bytes
 from .errors import LoRAStateError, LoRAUnsupportedError
 from .layerinfo import is_held, modules_of
-from .layers import LoRALinear, Swapped, swapped_class
+from .layers import Swapped, swapped_class
 from .weights import compute_dtype, device_of
 
 __all__ = ["Kept", "KeptModel", "dense", "quantised_layers"]
@@ -146,7 +146,7 @@ def _densify(module: Any, model: nn.Module) -> None:
     if isinstance(module, Swapped):
         own = _dense_class(module.lora_base)
         object.__setattr__(module, "__class__", swapped_class(module.lora_mixin, own))
-        vars(module.lora_slots)["base"], vars(module.lora_slots)["fresh"] = own, True  # type: ignore[attr-defined]
+        vars(module.lora_slots)["base"], vars(module.lora_slots)["fresh"] = own, True
     else:
         object.__setattr__(module, "__class__", _dense_class(type(module)))
     for name in [name for name in module._parameters if name != "bias"]:

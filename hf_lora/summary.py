@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .backends import sizes_of
 from .extras import EXTRAS
-from .layerinfo import is_held
+from .layerinfo import modules_of
 from .model import read, require
+from .quantised import described as described_quantisation
 from .slots import LoRASlots
 from .state import Entry
 from .switching import described
@@ -47,6 +49,7 @@ class Summary:
     active: object
     merged: object
     adapters: tuple[AdapterSummary, ...] = field(default=())
+    quantised: str | None = None  # how the base is
 
     @property
     def trainable_share(self) -> float:
@@ -55,8 +58,9 @@ class Summary:
 
     def __str__(self) -> str:
         share = f"{self.trainable:,} trainable ({self.trainable_share:.3%})"
+        how = f", {self.quantised}" if self.quantised else ""
         lines = [
-            f"{self.model}: {self.base_parameters:,} base parameters ({_size(self.base_nbytes)}), {share}",
+            f"{self.model}: {self.base_parameters:,} base parameters ({_size(self.base_nbytes)}{how}), {share}",
             f"active: {self.active!r}" + (f"   merged: {self.merged!r}" if self.merged else ""),
         ]
         for a in self.adapters:
@@ -77,8 +81,7 @@ class Summary:
 def summarise(model: nn.Module) -> Summary:
     """Look at a model's adapters. Raises `LoRAStateError` if it has none."""
     state = require(model)
-    ours = {id(p) for path, p in model.named_parameters() if is_held(path)}
-    base = [p for p in model.parameters() if id(p) not in ours]
+    base = base_sizes(model)
     roles = roles_of(model)
     active = set(state.default.entries)
     adapters = []
@@ -112,13 +115,25 @@ def summarise(model: nn.Module) -> Summary:
         )
     return Summary(
         type(model).__name__,
-        sum(p.numel() for p in base),
-        sum(p.numel() * p.element_size() for p in base),
+        sum(count for count, _ in base),
+        sum(nbytes for _, nbytes in base),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         described(state.default),
         None if state.merged is None else described(state.merged.active),
         tuple(adapters),
+        described_quantisation(model),
     )
+
+
+def base_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Numbers and bytes of the Parameters of each of the base's modules; what is tied counts once."""
+    seen, found = set[int](), []
+    for module in dict.fromkeys(modules_of(model).values()):
+        own = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in seen}
+        seen |= {id(p) for p in own.values()}
+        if own:
+            found.append(sizes_of(module, own))
+    return found
 
 
 def _sizes(model: nn.Module, entry: Entry) -> tuple[int, int]:

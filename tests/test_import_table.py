@@ -48,7 +48,10 @@ TABLE: dict[str, str] = {
     # layers
     "weights": "errors sharding",
     "rounding": "",
-    "quantised": "errors rounding weights",
+    "backends": "errors",
+    "quantised": "backends errors layerinfo rounding weights",
+    "preparing": "errors layerinfo",
+    "standins": "backends errors layerinfo layers weights",
     "exact": "errors",
     "workers": "exact",
     "variants": "dropout errors extras functional fused weights",
@@ -80,23 +83,23 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation config errors extras facts fitting initial inits layerinfo layers preparing quantised replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
-    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
+    "merging": "backends errors exact extras layerinfo layers model replication sharding standins state switching targeting ties values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
     "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
-    "summary": "errors extras layerinfo model slots state switching targeting values",
-    "loading": "bases errors hub layerinfo layers model sharding store values",
+    "summary": "backends errors extras layerinfo model quantised slots state switching targeting values",
+    "loading": "bases errors hub layerinfo layers model quantised sharding store values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
     "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
+    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching values",  # noqa: E501
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501

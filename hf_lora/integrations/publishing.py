@@ -26,6 +26,7 @@ from ..facts import RunFacts
 from ..frontmatter import FrontMatter, split
 from ..loading import checkpoint_folders, read_adapter_of
 from ..model import require, state_of
+from ..quantised import described
 from ..sharding import is_sharded
 from ..store import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from ..values import AdapterValue
@@ -219,6 +220,7 @@ def _completed(trainer: Any, model: Any, old: str | None, written: str, finetune
             repo_id=trainer.hub_model_id or trainer.args.hub_model_id,
             subfolder=folder,
             architecture=_architecture(model),
+            quantised=described(model),
         )
     return text
 
