@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .optimizer import optimizer_groups
     from .planning import plan
     from .pool import LoRAPool
+    from .preparing import prepare
     from .rankcallback import RankCallback
     from .ranks import RankAllocator
     from .training import LoRACallback
@@ -67,6 +68,7 @@ __all__ = [
     "monteclora_loss",
     "optimizer_groups",
     "plan",
+    "prepare",
     "register",
     "unregister",
 ]
@@ -88,6 +90,7 @@ _LATER = {
     "monteclora_loss": "monteclora",
     "optimizer_groups": "optimizer",
     "plan": "planning",
+    "prepare": "preparing",
 }
 
 # Rooms that are reached as `hf_lora.<room>.…`, imported at their first use.

@@ -144,7 +144,7 @@ def _write_quanto(module: Any, weight: Tensor, model: Any) -> None:
 
 def _read_hqq(module: Any) -> Tensor:
     found: Tensor = module.dequantize()
-    return found
+    return found.float()  # it quantises what is wider, too
 
 
 def _write_hqq(module: Any, weight: Tensor, model: Any) -> None:

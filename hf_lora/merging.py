@@ -121,9 +121,11 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 @contextmanager
-def merged_lora(model: nn.Module, which: Which = None, *, untie: bool = False, verb: str) -> Iterator[Merged]:
+def merged_lora(
+    model: nn.Module, which: Which = None, *, untie: bool = False, verb: str, dequantize: bool = False
+) -> Iterator[Merged]:
     """Within the block the weights hold the adapters, in training mode too: for what reads weights and runs nothing."""
-    merged = _merge(model, which, False, untie, verb)
+    merged = _merge(model, which, False, untie, verb, dequantize)
     try:
         yield merged
     finally:

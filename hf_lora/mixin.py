@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import loading, merging, summary, switching
+from . import loading, merging, preparing, summary, switching
 from . import model as placing
 from .config import LoRAConfig
 from .integrations import auto, encoding, generation, pretrained, publishing, reporting, trainer, trl
@@ -59,6 +59,30 @@ class LoRAMixin:
         """
         placing.add(self, config, name, active=active, trainable=trainable, replace=replace, data=data)
         pretrained.attached(self)
+
+    def prepare_lora(
+        self: Any,
+        *,
+        norms: bool = True,
+        gradient_checkpointing: bool = True,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make a base ready for training, before `add_lora`: frozen, norms in float32, gradient checkpointing.
+
+        Args:
+            norms: half-precision norms compute in float32, and give their output in their input's dtype.
+            gradient_checkpointing: compute activations again in the backward.
+            gradient_checkpointing_kwargs: for transformers; None is {"use_reentrant": False}.
+
+        Raises:
+            LoRAUnsupportedError: the model has no gradient checkpointing.
+        """
+        preparing.prepare(
+            self,
+            norms=norms,
+            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
+        )
 
     def load_lora(
         self: Any,
@@ -221,6 +245,7 @@ class LoRAMixin:
         *,
         untie: bool = False,
         max_shard_size: int | str | None = None,
+        dequantize: bool = False,
     ) -> Path:
         """Write base + adapters as a standalone model folder, for any tool; the model here stays as it is.
 
@@ -229,13 +254,14 @@ class LoRAMixin:
             which: a name, names, or {name: weight}; None is what is active by default, or what is merged already.
             untie: write tied weights of which the adapter changes one as two; otherwise they are refused.
             max_shard_size: bytes, or such as "5GB", of each file of weights.
+            dequantize: of a quantised base write what it holds + ΔW; otherwise the files that it was loaded from + ΔW.
 
         Raises:
             LoRAFileError, LoRAStateError, LoRAUnsupportedError: nothing was written, and the model is as before.
         """
         from .export import merge_and_save
 
-        return merge_and_save(self, directory, which, untie=untie, max_shard_size=max_shard_size)
+        return merge_and_save(self, directory, which, untie=untie, max_shard_size=max_shard_size, dequantize=dequantize)
 
     def remove_lora(self: Any, name: str | None = None) -> None:
         """Take one adapter off, or all; without any, the model is what it was, bit for bit. Unmerges first."""

@@ -100,18 +100,18 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
     "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
-    "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
+    "mixin": "adapter config errors export integrations loading merging model preparing state store summary switching values",
     "importance": "lowrank spectrum values",
     "ranks": "agreement errors extras importance layers model sharding state values",
     "rankcallback": "errors model ranks",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa monteclora optimizer planning pool rankcallback ranks registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa monteclora optimizer planning pool preparing rankcallback ranks registration training",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",
