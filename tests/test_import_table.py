@@ -103,7 +103,7 @@ TABLE: dict[str, str] = {
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
-    "planning": "architectures config errors fields initial model slots store survey targeting",
+    "planning": "architectures backends config errors fields initial layerinfo model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model preparing state store summary switching values",
     "importance": "lowrank spectrum values",

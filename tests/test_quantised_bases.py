@@ -429,3 +429,46 @@ def test_the_card_says_how_the_base_was_quantised(name, said, dense):
     text = card.update(None, value, base_model="me/base", repo_id="me/task", quantised=found)
     assert f"| base quantised | `{said}` |" in text
     assert "base quantised" not in card.update(None, value, base_model="me/base", repo_id="me/task")
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp4"])
+def test_the_plan_of_a_configuration_counts_what_the_library_holds(name, dense):
+    from transformers import AutoConfig
+
+    model = load(dense, name)
+    config = AutoConfig.from_pretrained(dense)
+    found = hf_lora.plan(config, CONFIG, batch=2, length=8, dtype=model.dtype, quantization_config=BASES[name]())
+    of_model = hf_lora.plan(model, CONFIG, batch=2, length=8)
+    own = hf_lora.plan(model.config, CONFIG, batch=2, length=8, dtype=model.dtype)  # its config says how
+    held = sum(n for _, n in hf_lora.summary.base_sizes(model)) + sum(b.nbytes for b in model.buffers())
+    assert found.base_bytes == own.base_bytes == held
+    assert of_model.base_bytes == held
+    assert found.base_parameters == of_model.base_parameters == 90432
+    assert found.peak_bytes == own.peak_bytes
+    assert found.notes == ()
+
+
+def test_a_plan_sees_every_librarys_layers(base):
+    plain = hf_lora.plan(base.config.__class__(**_sizes(base)), CONFIG, batch=2, length=8, dtype=base.dtype)
+    found = hf_lora.plan(base, CONFIG, batch=2, length=8)
+    assert found.base_parameters == plain.base_parameters
+    assert found.base_bytes < plain.base_bytes
+    assert found.peak_bytes is not None
+    assert (found.trainable_parameters, found.optimizer_bytes) == (plain.trainable_parameters, plain.optimizer_bytes)
+
+
+def _sizes(model: Any) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    return {**{name: getattr(model.config, name) for name in names}, "num_key_value_heads": 4, "pad_token_id": 0}
+
+
+def test_a_plan_of_what_is_not_known_is_dense_and_says_so(dense):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(dense)
+    found = hf_lora.plan(config, CONFIG, batch=1, length=8, quantization_config={"quant_method": "vptq"})
+    assert "vptq" in found.notes[0]
+    assert found.base_bytes == hf_lora.plan(config, CONFIG, batch=1, length=8).base_bytes

@@ -42,6 +42,7 @@ def plan(
     gradient_checkpointing: bool = False,
     device: str | None = None,
     inputs: Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
 ) -> TrainingPlan:
     """What training a LoRA takes: parameters, bytes of the file, and the memory of a training step.
 
@@ -65,6 +66,8 @@ def plan(
         gradient_checkpointing: compute activations again in the backward.
         device: whose kernels to assume, "cpu" or "cuda"; None is the model's own, and "cuda" where it has none.
         inputs: a batch to take instead of `batch` and `length`; only shapes and dtypes are looked at.
+        quantization_config: plan for a base that is quantised so, though its configuration says nothing of it: what
+            from_pretrained takes. A quantised weight is counted packed, and dequantised for each of its products.
 
     Returns:
         the plan; `plan.lora_config` is what `add_lora` takes. Where the model's forward needs values (a router of
@@ -88,7 +91,7 @@ def plan(
     if config is not None and not isinstance(config, LoRAConfig):
         config = LoRAConfig.from_peft(config)
     with _quiet():
-        model, notes, own_device = _skeleton(model_or_config, config, wanted)
+        model, notes, own_device = _skeleton(model_or_config, config, wanted, quantization_config)
     device = device or own_device
     base_parameters, base_bytes = skeleton.base_nbytes(model)
     base_dtype = str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "")).removeprefix("torch.")
@@ -135,9 +138,18 @@ def plan(
     )
 
 
-def _skeleton(source: Any, config: LoRAConfig | None, dtype: torch.dtype | None) -> tuple[Any, list[str], str]:
+def _skeleton(
+    source: Any, config: LoRAConfig | None, dtype: torch.dtype | None, quantisation: Any
+) -> tuple[Any, list[str], str]:
     """The model on meta, notes, and the kind of device to plan for."""
     if isinstance(source, nn.Module):
+        if quantisation is not None:
+            raise LoRAConfigError(
+                "quantization_config is for what is not loaded yet, and a model was given.",
+                name="quantization_config",
+                value=quantisation,
+                remedy="Give the model's configuration, or leave quantization_config out: a model's own is seen.",
+            )
         own = next((p.device.type for p in source.parameters() if not p.is_meta), "cuda")
         model, notes = skeleton.from_model(source), list[str]()
         if dtype is not None:
@@ -153,7 +165,7 @@ def _skeleton(source: Any, config: LoRAConfig | None, dtype: torch.dtype | None)
                 remedy="Give a model, its config, an id on the Hub, a folder, or a config.json.",
             )
         own = "cuda"
-        model, notes = skeleton.from_config(source, None if config is None else config.task_type, dtype)
+        model, notes = skeleton.from_config(source, None if config is None else config.task_type, dtype, quantisation)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
         notes.append(f"attention {attention!r} does not run without values: counted as sdpa")

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAConfigError, LoRAStateError
+from ..layerinfo import modules_of
 from ..model import remove, state_of
 from ..slots import LoRASlots
+from .quantised import QuantisedLinear, quantise, stand_in
 
 __all__ = ["base_nbytes", "dtype_of", "from_config", "from_model", "read_config"]
 
@@ -73,20 +75,30 @@ def read_config(source: str | os.PathLike[str], **loading: Any) -> Any:
     return config
 
 
-def from_config(config: Any, task_type: str | None, dtype: torch.dtype | None) -> tuple[Any, list[str]]:
+def from_config(
+    config: Any, task_type: str | None, dtype: torch.dtype | None, quantisation: Any = None
+) -> tuple[Any, list[str]]:
     """The model of a configuration, on meta, and notes on what was done to it.
 
     Its class is that of the task; otherwise the one that the configuration names; otherwise the usual one.
+    `quantisation` takes the place of its own quantization_config.
 
     Raises:
         LoRAConfigError: transformers makes no model of it.
     """
+    config = copy.deepcopy(config)
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        del config.quantization_config
+    asked = own if quantisation is None else quantisation
+    model = _built(config, task_type, dtype)
+    note = None if asked is None else quantise(model, asked)
+    return model, [note] if note else []
+
+
+def _built(config: Any, task_type: str | None, dtype: torch.dtype | None) -> Any:
     import transformers
 
-    config, notes = copy.deepcopy(config), []
-    if getattr(config, "quantization_config", None) is not None:
-        notes.append("its quantization_config is left out: the base is counted dense")
-        del config.quantization_config
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     names = [_AUTO[task_type]] if task_type in _AUTO else []
     if not names:
@@ -94,12 +106,12 @@ def from_config(config: Any, task_type: str | None, dtype: torch.dtype | None) -
         cls: Any = next((cls for cls in named if hasattr(cls, "_from_config")), None)
         if cls is not None:
             with torch.device("meta"):
-                return cls._from_config(config, dtype=dtype), notes
+                return cls._from_config(config, dtype=dtype)
         names = ["AutoModelForSeq2SeqLM"] if getattr(config, "is_encoder_decoder", False) else []
         names += _OTHERWISE
     for name in names:
         with torch.device("meta"), contextlib.suppress(ValueError):  # "unrecognised configuration class for this …"
-            return getattr(transformers, name).from_config(config, dtype=dtype), notes
+            return getattr(transformers, name).from_config(config, dtype=dtype)
     raise LoRAConfigError(
         f"transformers has no model of a {type(config).__name__}" + (f" for {task_type}." if task_type else "."),
         name="model_or_config",
@@ -119,7 +131,11 @@ def from_model(model: nn.Module) -> nn.Module:
     if state is not None and state.merged is not None:
         raise LoRAStateError("A merged model cannot be planned for.", remedy="Call unmerge_lora() first.")
     known: dict[int, Any] = {}
-    for tensor in _held(model):
+    instead = {path: made for path, module in modules_of(model).items() if (made := stand_in(module)) is not None}
+    for path in instead:
+        for tensor in model.get_submodule(path).parameters(recurse=False):  # a library's own kind of tensor, perhaps
+            known[id(tensor)] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+    for tensor in [tensor for tensor in _held(model) if id(tensor) not in known]:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for entry in state.entries.values() if state is not None else ():
@@ -127,6 +143,9 @@ def from_model(model: nn.Module) -> nn.Module:
     skeleton = copy.deepcopy(model, known)
     if state is not None:
         remove(skeleton)
+    for path, layer in instead.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(skeleton.get_submodule(parent), leaf, layer)
     return skeleton
 
 
@@ -141,4 +160,5 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
 def base_nbytes(model: nn.Module) -> tuple[int, int]:
     """Parameters, and bytes of weights and buffers, of a model without adapters; what is tied counts once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(t.nbytes for t in (*parameters, *model.buffers()))
+    packed = sum(module.numbers for module in model.modules() if isinstance(module, QuantisedLinear))
+    return packed + sum(p.numel() for p in parameters), sum(t.nbytes for t in (*parameters, *model.buffers()))
