@@ -105,7 +105,7 @@ TABLE: dict[str, str] = {
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
     "planning": "architectures backends config errors fields initial layerinfo model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
-    "mixin": "adapter config errors export integrations loading merging model preparing state store summary switching values",
+    "mixin": "adapter config errors export integrations loading merging model preparing state store summary switching values",  # noqa: E501
     "importance": "lowrank spectrum values",
     "ranks": "agreement errors extras importance layers model sharding state values",
     "rankcallback": "errors model ranks",

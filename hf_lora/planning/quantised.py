@@ -2,7 +2,7 @@
 
     forward: y = x Q^T, Q made for the product and given back      backward: dx = dy Q, Q made once more
 
-That is how bitsandbytes, and what dequantises a weight for its product, keep nothing of a weight but its packed numbers.
+So bitsandbytes, and whatever dequantises a weight for its product, keep nothing of it but its packed numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """dy (..., out) → dx (..., in)."""
+        """The gradient of x, (..., in), from that of y, (..., out)."""
         (grad,) = grads
         return grad @ torch.empty(ctx.sizes, dtype=grad.dtype, device=grad.device), None, None
 
