@@ -59,7 +59,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
-        y: Tensor = _Product.apply(x, self.packed, (self.out_features, self.in_features))  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, self.packed, (self.out_features, self.in_features))
         return y if self.bias is None else y + self.bias
 
 

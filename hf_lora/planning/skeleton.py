@@ -133,8 +133,8 @@ def from_model(model: nn.Module) -> nn.Module:
     known: dict[int, Any] = {}
     instead = {path: made for path, module in modules_of(model).items() if (made := stand_in(module)) is not None}
     for path in instead:
-        for tensor in model.get_submodule(path).parameters(recurse=False):  # a library's own kind of tensor, perhaps
-            known[id(tensor)] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+        for held in model.get_submodule(path).parameters(recurse=False):  # a library's own kind of tensor, perhaps
+            known[id(held)] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
     for tensor in [tensor for tensor in _held(model) if id(tensor) not in known]:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
