@@ -21,7 +21,7 @@ from .rounding import rounding_of
 from .sharding import whole
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve
-from .values import AdapterValue
+from .values import AdapterValue, Factors, group_blocks
 from .weights import compute_dtype, is_dense, materialised
 
 __all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state", "unpooled", "weight_problem"]
@@ -80,14 +80,16 @@ def make_plan(
                 problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
                 continue
             infos[path] = info
-            kind = "embedding" if info.kind == "embedding" else "linear"
+            kind = info.pair
             want = (info.in_features, info.out_features)
         got = (factors.in_features, factors.out_features)
         if kind != factors.kind:
             problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
         elif (lacking := weight_problem(module, factors.extras, factors.rank)) is not None:
             problems.append(f"{path}: {lacking[1]}")
-        elif rounding is not None and (odd := rounding_problem(module, rounding, kind, len(factors.blocks))):
+        elif (rounding is not None and (odd := rounding_problem(module, rounding, kind, len(factors.blocks)))) or (
+            kind == "conv" and (odd := _odd_kernel(module, factors))
+        ):
             problems.append(f"{path}: {odd}")
         elif want != got:
             problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
@@ -120,6 +122,17 @@ def make_plan(
         )
     fresh = [*infos, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
     return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {})
+
+
+def _odd_kernel(module: nn.Module, factors: Factors) -> str | None:
+    """Why a pair is of another convolution than this one."""
+    info = describe_layer(module)
+    assert info is not None
+    if info.kernel != factors.kernel:
+        return f"the factors are of a kernel {factors.kernel}, the layer's is {info.kernel}"
+    if factors.blocks != group_blocks(info.out_features, info.groups):
+        return f"the factors are of a convolution of {max(len(factors.blocks), 1)} groups, the layer has {info.groups}"
+    return None
 
 
 def unpooled(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterValue:

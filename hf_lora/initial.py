@@ -21,12 +21,13 @@ from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
-from .values import AdapterValue, Block, Factors, require_whole_linear
+from .values import AdapterValue, Block, Factors, group_blocks, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
 
 __all__ = ["initial_value", "refuse_embeddings"]
 
+_OF_CONVOLUTIONS = ("kaiming", "gaussian", "off")
 _LARGE = 1 << 20  # numbers in a weight, from which on its decomposition is worth a bar
 
 
@@ -47,6 +48,7 @@ def initial_value(
         device = torch.device("meta") if device_of(module).type == "meta" else torch.device("cpu")
         kind = target.info.kind
         blocks = tuple(Block(role, rows) for role, rows in target.blocks)
+        groups = group_blocks(target.info.out_features, target.info.groups)
         form = form_of(config, target.path)
         if form is not None:
             _require_form(form, target, blocks)
@@ -79,14 +81,15 @@ def initial_value(
             B[rows, i * r : (i + 1) * r] = (torch.cat([b, -b], 1) if init.anchored else b).to(device)
         alpha = target.alpha * _times(n * r // target.rank, config)
         pair = Factors(
-            "embedding" if kind == "embedding" else "linear",
+            target.info.pair,
             A,
-            B,
+            B if target.info.groups == 1 else _grouped(B, groups, config),
             alpha,
             config.use_rslora,
-            blocks,
+            blocks or groups,
             anchored=init.anchored,
             form=form,
+            kernel=target.info.kernel,
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
     if init.anchored:
@@ -125,8 +128,26 @@ def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig)
     return dataclasses.replace(pair, extras=extras)
 
 
+def _grouped(B: torch.Tensor, groups: tuple[Block, ...], config: LoRAConfig) -> torch.Tensor:
+    """What the groups of a convolution keep of B, (out, R); random numbers as large as PEFT's, of shorter rows."""
+    n, kept = len(groups), torch.zeros_like(B)
+    for i, block in enumerate(groups if B.device.type != "meta" else ()):
+        columns = slice(i * B.shape[1] // n, (i + 1) * B.shape[1] // n)
+        kept[block.index(), columns] = B[block.index(), columns] * math.sqrt(n)
+    return kept
+
+
 def refuse_embeddings(config: LoRAConfig, targets: Iterable[Target]) -> None:
-    """Raise `LoRAUnsupportedError` if an embedding is to begin in a way that is not for embeddings."""
+    """Raise `LoRAUnsupportedError` if an embedding or a convolution is to begin in a way that is not for it."""
+    convs = [target.path for target in targets if target.info.kind == "conv"]
+    if convs and config.init not in _OF_CONVOLUTIONS:
+        raise LoRAUnsupportedError(
+            f"{convs[0]}: init={config.init!r} is not for convolutions.",
+            name=convs[0],
+            value=config.init,
+            expected=_OF_CONVOLUTIONS,
+            remedy='Leave the convolution out of target_modules, or begin with init="kaiming".',
+        )
     found = [target.path for target in targets if target.info.kind == "embedding"]
     if found and not INITS[config.init_method].embeddings:
         raise LoRAUnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,14 +47,25 @@ class LayerInfo:
     """Kind and sizes of a layer that can take a LoRA.
 
     Attributes:
-        kind: "linear" (weight `(out, in)`, quantised or not), "conv1d" (GPT-2's, weight `(in, out)`) or "embedding".
-        in_features: size of what the layer reads; for an embedding the number of its rows V.
+        kind: "linear" (weight `(out, in)`, quantised or not), "conv1d" (GPT-2's, weight `(in, out)`), "embedding", or
+            "conv" (nn.Conv1d, Conv2d, Conv3d).
+        in_features: size of what the layer reads; for an embedding the number of its rows V, for a convolution its
+            channels times the size of its kernel.
         out_features: size of what the layer gives; for an embedding its width d.
+        kernel: of a convolution, its sizes.
+        groups: of a convolution.
     """
 
-    kind: Literal["linear", "conv1d", "embedding"]
+    kind: Literal["linear", "conv1d", "embedding", "conv"]
     in_features: int
     out_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def pair(self) -> Literal["linear", "embedding", "conv"]:
+        """The kind of factors that it takes: `Factors.kind`."""
+        return "linear" if self.kind == "conv1d" else self.kind
 
     @property
     def max_rank(self) -> int:
@@ -86,7 +98,7 @@ _REFUSED = (
 
 _QUANTISERS = frozenset({"bitsandbytes", "torchao"})  # their embeddings look up as nn.Embedding does
 
-_NOT_YET = re.compile(r"^(Lazy)?Conv(Transpose)?[123]d$")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def describe_layer(module: nn.Module) -> LayerInfo | None:
@@ -107,6 +119,11 @@ def describe_layer(module: nn.Module) -> LayerInfo | None:
         if _refused(module) is not None:
             return None
         return LayerInfo("embedding", module.num_embeddings, module.embedding_dim)
+    if isinstance(module, _CONVOLUTIONS):
+        if _odd_convolution(module) is not None:
+            return None
+        kernel = tuple(module.kernel_size)
+        return LayerInfo("conv", module.in_channels * math.prod(kernel), module.out_channels, kernel, module.groups)
     own: Any = _own_class(module)
     linear, conv1d = _looks(own)
     sizes = vars(module)
@@ -140,15 +157,28 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
     reason = _refused(module)
     if reason is not None:
         return reason, True
-    if any(_NOT_YET.match(cls.__name__) for cls in type(module).__mro__):
-        return "convolutions are not supported yet", True
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _odd_convolution(module) or "another convolution than Conv1d, Conv2d and Conv3d", True
     if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
         return "its weights are 3-D parameters (PEFT's target_parameters), which are not supported yet", True
     if isinstance(module, nn.MultiheadAttention):
         return "it holds W_q, W_k and W_v as one parameter and calls no Linear layer", True
     if next(module.children(), None) is not None:
         return "a container, not a layer", False
-    return "neither a Linear-like layer, a Conv1D nor an Embedding", False
+    return "neither a Linear-like layer, a Conv1D, a convolution nor an Embedding", False
+
+
+def _odd_convolution(module: nn.Module) -> str | None:
+    """Why a convolution takes no LoRA; None if it does."""
+    own: Any = _own_class(module)
+    if isinstance(module, nn.modules.conv._LazyConvXdMixin):
+        return "it is lazy, so its sizes are not known before it has run once"
+    if module.transposed:
+        return "transposed convolutions are not supported"
+    plain = next((cls for cls in _CONVOLUTIONS if issubclass(own, cls)), None)
+    if plain is None or (own.forward, own._conv_forward) != (plain.forward, plain._conv_forward):
+        return "its forward is not that of nn.Conv1d, Conv2d or Conv3d"
+    return None
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:

@@ -29,7 +29,7 @@ from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
 from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
-from .weights import mergeable
+from .weights import as_matrix, mergeable
 from .workers import each
 
 __all__ = ["Merged", "factored", "merge_lora", "merged_lora", "require_mergeable", "unmerge_lora"]
@@ -306,29 +306,31 @@ def _change(
 
     def forward(path: str, scratch: Scratch) -> None:
         weight, was = mergeable(modules[path], path).detach(), old.weights.get(path)
-        result = weight if was is None else restored(weight, was, path, scratch)
+        flat = as_matrix(weight)
+        result = flat if was is None else restored(flat, was, path, scratch)
         if path in changes:
             before = b"" if was is None else was.before
             result, record = added(result, changes[path](result), path, scratch, before)
             new.weights[path] = record  # before the write: after a failure the weight itself tells which it is
-        weight.copy_(result)
+        weight.copy_(result.view(weight.shape))
         if was is not None:
             was.moved = []  # its memory serves the next layer; `backward` makes it again
 
     def backward(path: str, scratch: Scratch) -> None:
         weight, was, now = mergeable(modules[path], path).detach(), old.weights.get(path), new.weights.get(path)
-        found = fingerprint(weight)
+        flat = as_matrix(weight)
+        found = fingerprint(flat)
         if was is not None and was.moved and found == was.after:
             return  # not begun
         if now is not None and found == now.after:
-            result = restored(weight, now, path, scratch)
+            result = restored(flat, now, path, scratch)
         elif found in {record.before for record in (was, now) if record is not None}:
-            result = weight
+            result = flat
         else:
             return  # somebody else wrote it, which is what was raised
         if was is not None:
             result, old.weights[path] = added(result, was.change, path, scratch, was.before)
-        weight.copy_(result)
+        weight.copy_(result.view(weight.shape))
 
     _require_unchanged(model, old)
     try:

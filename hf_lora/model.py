@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .activation import hook_activation, refuse_activation, unhook_activation
 from .config import LoRAConfig
+from .convslots import LoRAConvSlots
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .extras import EXTRAS
 from .facts import RunFacts
@@ -460,6 +461,15 @@ def _shift(module: nn.Module, bias: Tensor | None, effect: Effect) -> Tensor | N
     return sum(found[1:], found[0]) if found else None
 
 
+# By the kind of factors: the class that the layer is given, and what holds its adapters.
+_HELD_BY: Mapping[str, tuple[type[LoRALinear], type[LoRASlots]]] = {
+    "bias": (LoRABias, LoRASlots),
+    "linear": (LoRALinear, LoRASlots),
+    "embedding": (LoRAEmbedding, LoRASlots),
+    "conv": (LoRALinear, LoRAConvSlots),
+}
+
+
 def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, plan: Plan) -> LoRASlots:
     """The module's slots; its class is swapped and they are made if it has none."""
     held = module._modules.get("lora_slots")
@@ -469,10 +479,11 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     info = plan.infos.get(path) or describe_layer(module)
     own = getattr(module, "bias", None)
     sizes = (0, own.numel() if own is not None else 0) if info is None else (info.in_features, info.out_features)
-    kind = "bias" if info is None else "embedding" if info.kind == "embedding" else "linear"
-    mixin = {"bias": LoRABias, "embedding": LoRAEmbedding, "linear": LoRALinear}[kind]
+    kind = "bias" if info is None else info.pair
+    mixin, held_by = _HELD_BY[kind]
     dtype = compute_dtype(module, model)
-    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
+    slots = held_by(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
+    slots.kernel = () if info is None else info.kernel
     slots.training, slots.fresh = module.training, type(module).forward is nn.Linear.forward
     if kind != "bias" and _RESERVED in vars(model):
         slots.reserve(*vars(model)[_RESERVED])
@@ -614,11 +625,11 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         )
         assert pair is not None
         extras = slots.extras(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
-        kind = "embedding" if slots.kind == "embedding" else "linear"
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
         rslora = resident.config.use_rslora
         A, B = pair
-        factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, slot.anchored, slot.form)  # type: ignore[arg-type]
+        like: dict[str, Any] = {"anchored": slot.anchored, "form": slot.form, "kernel": slots.kernel}
+        factors[path] = Factors(slots.kind, A, B, slot.alpha, rslora, blocks, extras, **like)
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"

@@ -19,7 +19,7 @@ from .slots import LoRASlots, Slot
 from .spectrum import effective_rank
 from .state import Entry
 from .targeting import roles_of
-from .weights import materialised
+from .weights import as_matrix, materialised
 
 __all__ = ["Progress", "trained_parameters"]
 
@@ -126,6 +126,7 @@ class Progress:
                 self.left_out[pair.role] = f"{pair.path} is quantised ({weight.dtype})"
                 continue
             weight = materialised(module, "weight") if weight.is_meta else whole(weight.detach())
+            weight = as_matrix(weight)
             if weight.is_meta or weight.ndim != 2:
                 self.left_out[pair.role] = f"the weight of {pair.path} is not here as a matrix"
                 continue

@@ -77,7 +77,7 @@ class Survey:
         return [
             path
             for path, layer in self.layers.items()
-            if layer.info.kind != "embedding" and f"{path}.".startswith(starts)
+            if layer.info.kind not in ("embedding", "conv") and f"{path}.".startswith(starts)
         ]
 
 
@@ -155,7 +155,7 @@ def _endings(path: str) -> Iterator[str]:
 
 
 def _layer(path: str, info: LayerInfo, part: _Part) -> Layer:
-    if info.kind == "embedding":
+    if info.kind in ("embedding", "conv"):
         return Layer(path, info)
     entry = next((part.family[end] for end in _endings(path) if end in part.family), None)
     if entry is None:

@@ -81,8 +81,8 @@ def resolve(model: nn.Module, config: LoRAConfig, *, from_file: bool = False) ->
     Raises:
         LoRATargetError: a target, exclusion, pattern key, layer index or head that matches nothing (near matches are
             named), or something that is no layer.
-        LoRAUnsupportedError: it matches only what is not supported yet (experts' 3-D parameters, convolutions, a fused
-            layer whose rows nobody knows).
+        LoRAUnsupportedError: it matches only what is not supported yet (experts' 3-D parameters, transposed convolutions, a
+            fused layer whose rows nobody knows).
         LoRAConfigError: a rank above what a layer's weight can have.
     """
     return _Resolver(survey(model), model, config, from_file).resolve()
@@ -214,7 +214,7 @@ class _Resolver:
     def _all_linear(self, heads: Collection[str]) -> Asked:
         asked: Asked = {}
         for path, layer in self.seen.layers.items():
-            if layer.info.kind == "embedding":
+            if layer.info.kind in ("embedding", "conv"):
                 continue
             if path == self.seen.output_embeddings:
                 self.words.note(f"{path}: the output head (all-linear leaves it out)")
@@ -358,6 +358,14 @@ class _Resolver:
                 value=rank,
                 expected=f"at most {limit}",
                 remedy=f"Use r <= {limit}, give this layer its own rank in rank_pattern, or exclude it.",
+            )
+        if rank % layer.info.groups:
+            raise LoRAConfigError(
+                f"{path!r} is a convolution of {layer.info.groups} groups, which do not divide rank {rank}",
+                name="r",
+                value=rank,
+                expected=f"a multiple of {layer.info.groups}",
+                remedy="Choose such a rank, give this layer its own in rank_pattern, or exclude it.",
             )
         return Target(path, layer.info, rank, alpha, blocks)
 

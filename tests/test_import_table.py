@@ -55,6 +55,8 @@ TABLE: dict[str, str] = {
     "activation": "errors layerinfo rowmaps state",
     "banks": "extras forms functional state variants",
     "slots": "activation banks dropout functional fused routing rowmaps state variants",
+    "convolution": "",
+    "convslots": "convolution dropout slots variants",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
@@ -80,7 +82,7 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation config convslots errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
