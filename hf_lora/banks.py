@@ -139,6 +139,11 @@ class LoRABanks(nn.Module):
         )
         self._non_persistent_buffers_set.update(self._buffers)
 
+    @property
+    def factored(self) -> bool:
+        """Whether any adapter has factors here."""
+        return any(slot.rank for slot in self.slots.values())
+
     # ---- putting and reading ----------------------------------------------------------------------------------------
 
     def put_trainable(

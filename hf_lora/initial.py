@@ -21,13 +21,17 @@ from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
-from .values import AdapterValue, Block, Factors, group_blocks, require_whole_linear
+from .values import NAMES, AdapterValue, Block, Factors, group_blocks, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
 
 __all__ = ["initial_value", "refuse_embeddings"]
 
-_OF_CONVOLUTIONS = ("kaiming", "gaussian", "off")
+# With which `init` layers begin that PEFT begins in a few ways alone.
+_BEGUN = {
+    "conv": ("kaiming", "gaussian", "off"),
+    "attention": ("kaiming", "gaussian", "off", "orthogonal"),
+}
 _LARGE = 1 << 20  # numbers in a weight, from which on its decomposition is worth a bar
 
 
@@ -139,15 +143,23 @@ def _grouped(B: torch.Tensor, groups: tuple[Block, ...], config: LoRAConfig) -> 
 
 def refuse_embeddings(config: LoRAConfig, targets: Iterable[Target]) -> None:
     """Raise `LoRAUnsupportedError` if an embedding or a convolution is to begin in a way that is not for it."""
-    convs = [target.path for target in targets if target.info.kind == "conv"]
-    if convs and config.init not in _OF_CONVOLUTIONS:
-        raise LoRAUnsupportedError(
-            f"{convs[0]}: init={config.init!r} is not for convolutions.",
-            name=convs[0],
-            value=config.init,
-            expected=_OF_CONVOLUTIONS,
-            remedy='Leave the convolution out of target_modules, or begin with init="kaiming".',
-        )
+    for target in targets:
+        kind = target.info.kind
+        if kind in _BEGUN and config.init not in _BEGUN[kind]:
+            raise LoRAUnsupportedError(
+                f"{target.path}: init={config.init!r} is not for {NAMES[kind]}.",
+                name=target.path,
+                value=config.init,
+                expected=_BEGUN[kind],
+                remedy='Leave it out of target_modules, or begin with init="kaiming".',
+            )
+        if kind == "attention" and config.bias != "none":
+            raise LoRAUnsupportedError(
+                f"{target.path}: bias={config.bias!r} is not for nn.MultiheadAttention, which calls no layer.",
+                name="bias",
+                value=config.bias,
+                remedy='Leave it out of target_modules, or train with bias="none".',
+            )
     found = [target.path for target in targets if target.info.kind == "embedding"]
     if found and not INITS[config.init_method].embeddings:
         raise LoRAUnsupportedError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attentionpairs import around, file_path, filled, model_path, taken_down
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, SCRATCH, asked_for, beside
@@ -192,6 +193,8 @@ def _ending(key: str, endings: Iterable[str]) -> str | None:
 
 
 def _put(plan: Plan, path: str, kind: str, part: str, name: str, problems: list[str]) -> None:
+    out = model_path(path)  # of an nn.MultiheadAttention
+    path, kind = (path, kind) if out is None else (out, "attention")
     pair = plan.factors.setdefault(path, {"kind": kind})
     if pair["kind"] != kind or part in pair:
         problems.append(f"{name!r} is a second {part} for {path!r}")
@@ -220,7 +223,12 @@ def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
 
 def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
     higher: dict[str, str] = {}
-    plan.resolved = config.resolve(plan.factors)
+    outs = {path: path.rpartition(".")[0] for path, pair in plan.factors.items() if pair["kind"] == "attention"}
+    for path in outs.values():
+        if path in plan.factors:
+            plan.factors[path]["kind"] = "attention"
+    known = config.resolve([outs.get(path, path) for path in plan.factors])
+    plan.resolved = {path: known[outs.get(path, path)] for path in plan.factors}
     formed = bool(forms_asked(config))
     for path, pair in plan.factors.items():
         if "A" not in pair or "B" not in pair:
@@ -390,7 +398,7 @@ def assemble(
         }
         return AdapterValue(
             config,
-            factors,
+            taken_down(factors),
             biases={key: tensors[name] for key, name in plan.biases.items()},
             modules={path: {k: tensors[n] for k, n in state.items()} for path, state in plan.modules.items()},
             embeddings={key: tensors[name] for key, name in plan.embeddings.items()},
@@ -465,8 +473,9 @@ def from_state_dict(
 def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
     """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
     found: dict[str, Tensor] = {}
-    for path, factors in value.factors.items():
+    for path, factors in filled(value.factors).items():
         A, B = factors.stored()
+        path = file_path(path, factors)
         if factors.kind == "embedding":
             found[f"{PREFIX}{path}.lora_embedding_A"] = A
             found[f"{PREFIX}{path}.lora_embedding_B"] = B
@@ -494,7 +503,8 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     lora_alpha, for loaders that ignore the patterns. Targets stay if they are a list each of whose names ends an
     adapted path and that leaves none out; otherwise they become the full paths.
     """
-    config, factors = value.config, value.factors
+    config = value.config
+    factors = {around(path, pair) or path: pair for path, pair in filled(value.factors).items()}
     actual = {path: (pair.rank, float(pair.alpha)) for path, pair in factors.items()}
     rslora = {pair.use_rslora for pair in factors.values()}
     if len(rslora) > 1:

@@ -29,7 +29,7 @@ from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
 from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
-from .weights import as_matrix, mergeable
+from .weights import as_matrix, mergeable, weight_name
 from .workers import each
 
 __all__ = ["Merged", "factored", "merge_lora", "merged_lora", "require_mergeable", "unmerge_lora"]
@@ -179,7 +179,8 @@ def _touched(model: nn.Module, active: Active) -> list[str]:
     for head in [path for entry in active.entries for path in entry.record.heads]:
         whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
-    return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(active)), *whole]))
+    weights = [f"{path}.{weight_name(model.get_submodule(path))}" for path in _layers(active)]
+    return list(dict.fromkeys([*weights, *whole]))
 
 
 def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:

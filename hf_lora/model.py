@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .activation import hook_activation, refuse_activation, unhook_activation
+from .attention import LoRAAttention, shield, unshield
 from .config import LoRAConfig
 from .convslots import LoRAConvSlots
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .extras import EXTRAS
 from .facts import RunFacts
-from .fitting import Plan, head_problems, make_plan, unpooled
+from .fitting import Plan, attention_kinds, head_problems, make_plan, unpooled
 from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
-from .layerinfo import HELD, modules_of
+from .layerinfo import HELD, modules_of, out_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .replication import replicated, restore_layers
 from .rounding import rounding_of
@@ -218,7 +219,7 @@ def _put(
     finite: bool,
 ) -> None:
     state, modules = state_of(model), modules_of(model)
-    value = unpooled(value, modules)
+    value = attention_kinds(unpooled(value, modules), modules)
     _require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
@@ -346,6 +347,10 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             settings={f: s for f in STEPS if (s := getattr(value.config, f)) is not None},
             still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
+        around = out_of(path, plan.modules)
+        if around is not None and around not in value.factors:  # whose forward it is that runs here
+            beside = _slots(model, state, plan.modules[around], around, plan)
+            beside.put_frozen(entry.slot, Slot(), None, None, None)
         A, B, extras = factors.A, factors.B, factors.extras
         if entry.trainable:
             master = torch.promote_types(A.dtype, torch.float32)
@@ -467,6 +472,7 @@ _HELD_BY: Mapping[str, tuple[type[LoRALinear], type[LoRASlots]]] = {
     "linear": (LoRALinear, LoRASlots),
     "embedding": (LoRAEmbedding, LoRASlots),
     "conv": (LoRALinear, LoRAConvSlots),
+    "attention": (LoRAAttention, LoRASlots),
 }
 
 
@@ -481,6 +487,7 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     sizes = (0, own.numel() if own is not None else 0) if info is None else (info.in_features, info.out_features)
     kind = "bias" if info is None else info.pair
     mixin, held_by = _HELD_BY[kind]
+    mixin = LoRALinear if out_of(path, plan.modules) else mixin
     dtype = compute_dtype(module, model)
     slots = held_by(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
     slots.kernel = () if info is None else info.kernel
@@ -494,6 +501,7 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     except BaseException:
         del module.lora_slots
         raise
+    shield(plan.modules, path, state)
     return slots
 
 
@@ -665,7 +673,7 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
         LoRAMismatchError: a value is not of the same layers, ranks, biases and heads.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    values = {name: unpooled(value, modules) for name, value in values.items()}
+    values = {name: attention_kinds(unpooled(value, modules), modules) for name, value in values.items()}
     for name, value in values.items():
         problems = _refill_problems(read(model, name), value, modules)
         if problems:
@@ -795,7 +803,8 @@ def _forget(model: nn.Module, state: LoRAState, entry: Entry) -> None:
 
 def _erase(model: nn.Module, entry: Entry) -> None:
     """Take an adapter out of every layer; a layer that holds none gets its class back."""
-    for module in modules_of(model).values():
+    modules = modules_of(model)
+    for module in modules.values():
         if isinstance(module, LoRALinear):
             module.lora_slots.remove(entry.slot)
             if not module.lora_slots.slots:
@@ -807,3 +816,4 @@ def _erase(model: nn.Module, entry: Entry) -> None:
             if not len(module.lora_heads.copies):
                 restore(module)
                 del module.lora_heads
+    unshield(modules)

@@ -19,6 +19,7 @@ from .forms import Form, form_of, forms_asked
 V = TypeVar("V", bound="AdapterValue")
 
 __all__ = [
+    "NAMES",
     "AdapterValue",
     "Block",
     "Factors",
@@ -31,7 +32,8 @@ __all__ = [
 ]
 
 
-_NAMES = {"embedding": "an embedding", "conv": "a convolution"}  # of the kinds that not every variant is for
+# Of the kinds that not every variant is for.
+NAMES = {"embedding": "an embedding", "conv": "a convolution", "attention": "nn.MultiheadAttention"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Factors:
     """One layer's factors: ΔW = scaling·B·A, scaling = alpha/R, or alpha/√R with rsLoRA.
 
     Args:
-        kind: "linear" (Conv1D too), "embedding", or "conv" (nn.Conv1d, Conv2d, Conv3d).
+        kind: "linear" (Conv1D too), "embedding", "conv" (nn.Conv1d, Conv2d, Conv3d), or "attention" (in_proj and
+            out_proj of nn.MultiheadAttention).
         A: (R, in); embedding: (R, V); convolution: (R, in·∏k).
         B: (out, R); embedding: (d, R).
         alpha: alpha of PEFT's dense form, that is for the whole R.
@@ -98,7 +101,7 @@ class Factors:
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1.
     """
 
-    kind: Literal["linear", "embedding", "conv"]
+    kind: Literal["linear", "embedding", "conv", "attention"]
     A: Tensor
     B: Tensor
     alpha: float
@@ -115,9 +118,11 @@ class Factors:
         if not isinstance(self.extras, FrozenMapping):
             object.__setattr__(self, "extras", FrozenMapping(self.extras))
         a, b = tuple(self.A.shape), tuple(self.B.shape)
-        if self.kind not in ("linear", "embedding", "conv"):
+        if self.kind not in ("linear", *NAMES):
             raise LoRAMismatchError(
-                f"kind={self.kind!r} is neither 'linear', 'embedding' nor 'conv'.", name="kind", value=self.kind
+                f"kind={self.kind!r} is none of {', '.join(map(repr, ('linear', *NAMES)))}.",
+                name="kind",
+                value=self.kind,
             )
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
             raise LoRAMismatchError(
@@ -165,11 +170,11 @@ class Factors:
             )
         if self.kind not in extra.kinds:
             raise LoRAUnsupportedError(
-                f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for {_NAMES[self.kind]}.",
+                f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for {NAMES[self.kind]}.",
                 name=extra.field,
                 value=self.kind,
                 expected=extra.kinds,
-                remedy=f"Leave {_NAMES[self.kind]} out of target_modules, or train without {extra.field}.",
+                remedy=f"Leave {NAMES[self.kind]} out of target_modules, or train without {extra.field}.",
             )
         if self.blocks and self.kind == "conv":
             if extra.weight:
@@ -320,7 +325,7 @@ class Factors:
         out_features: int,
         alpha: float,
         use_rslora: bool = False,
-        kind: Literal["linear", "embedding", "conv"] = "linear",
+        kind: Literal["linear", "embedding", "conv", "attention"] = "linear",
         kernel: tuple[int, ...] = (),
     ) -> Factors:
         """One dense pair that computes what `parts` compute side by side; the inverse of `split`.
@@ -481,14 +486,14 @@ class AdapterValue:
 
 def require_whole_linear(form: Form, kind: str, blocks: Sequence[Block]) -> None:
     """Raise `LoRAUnsupportedError` if a pair of this kind, or of these slices, cannot have a form."""
-    if blocks or kind in _NAMES:
+    if blocks or kind in NAMES:
         raise LoRAUnsupportedError(
             f"{form.field} is for whole linear layers, not for "
-            + (f"{_NAMES[kind]}." if kind in _NAMES else "slices of a fused one."),
+            + (f"{NAMES[kind]}." if kind in NAMES else "slices of a fused one."),
             name=form.field,
-            value=kind if kind in _NAMES else [block.role for block in blocks],
-            remedy=f"Leave {_NAMES[kind]} out of target_modules, or train without {form.field}."
-            if kind in _NAMES
+            value=kind if kind in NAMES else [block.role for block in blocks],
+            remedy=f"Leave {NAMES[kind]} out of target_modules, or train without {form.field}."
+            if kind in NAMES
             else "Name the fused layer itself in target_modules (c_attn, qkv_proj, query_key_value).",
         )
 

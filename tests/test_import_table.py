@@ -57,6 +57,7 @@ TABLE: dict[str, str] = {
     "slots": "activation banks dropout functional fused routing rowmaps state variants",
     "convolution": "",
     "convslots": "convolution dropout slots variants",
+    "attention": "errors layers slots state",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
@@ -70,7 +71,8 @@ TABLE: dict[str, str] = {
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors extras forms values",
+    "attentionpairs": "errors values",
+    "layout": "attentionpairs config errors extras forms values",
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
@@ -82,7 +84,7 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation config convslots errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation attention config convslots errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
@@ -99,7 +101,7 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values weights workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
     "planning": "architectures config errors fields initial model slots store survey targeting",

@@ -16,7 +16,7 @@ from ..layerinfo import describe_layer, modules_of
 from ..model import state_of
 from ..replication import replication_of
 from ..values import AdapterValue, refuse_replicated
-from ..weights import as_matrix, materialised
+from ..weights import as_matrix, materialised, weight_name
 from .places import Place, called
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _of_model(model: nn.Module, paths: Mapping[str, Any]) -> dict[str, _Weight]:
         info = None if module is None else describe_layer(module)
         if module is None or info is None:
             continue
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, weight_name(module), None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
             raise LoRAUnsupportedError(
                 f"{path}: the weight of this {type(module).__name__} is quantised, and only dense ones are analysed.",
@@ -159,7 +159,7 @@ def _of_model(model: nn.Module, paths: Mapping[str, Any]) -> dict[str, _Weight]:
         shape = (info.out_features, info.in_features)
 
         def read(module: nn.Module = module, turned: bool = turned, path: str = path) -> Tensor:
-            weight = materialised(module, "weight")
+            weight = materialised(module, weight_name(module))
             if weight.is_meta:
                 raise LoRAUnsupportedError(
                     f"{path}: its weight is on the meta device, so there is nothing to look at.",

@@ -16,6 +16,7 @@ from ..fitting import make_plan
 from ..integrations.checkpoint_keys import Placed, auto_classes, dtype_of_keys, map_keys, meta_model, missing_is_fine
 from ..layerinfo import describe_layer, modules_of
 from ..values import AdapterValue, Factors, refuse_invoked
+from ..weights import weight_name
 from .base import BaseFiles, Stored
 from .shards import Spec
 
@@ -126,7 +127,8 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
         replaced |= {f"{path}.{key}": tensor for key, tensor in state.items()}
     files = _one_each(base, placed)
     tied = _tied(model, base, placed, files)
-    touched = {f"{path}.weight": factors for path, factors in value.factors.items()}
+    modules = modules_of(model)
+    touched = {f"{path}.{weight_name(modules[path])}": factors for path, factors in value.factors.items()}
     _refuse_tied([*touched, *replaced], tied)
     _refuse_unreachable([*touched, *replaced], value, placed, files)
     _refuse_shapes(base, placed, shapes, replaced)

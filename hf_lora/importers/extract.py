@@ -163,8 +163,8 @@ def extract_lora(
     for target in found.targets:
         if target.info.groups > 1:
             raise LoRAUnsupportedError(
-                f"{target.path}: a convolution with groups={target.info.groups} cannot be extracted: PEFT's form of its "
-                "LoRA reads all input channels, and a grouped weight's change does not.",
+                f"{target.path}: a convolution with groups={target.info.groups} cannot be extracted: PEFT's form of "
+                "its LoRA reads all input channels, and a grouped weight's change does not.",
                 name=target.path,
                 value=target.info.groups,
                 remedy="Leave it out of target_modules.",
@@ -204,7 +204,7 @@ class _Work:
         self.done: set[str] = set()
 
     def layer(self, target: Target) -> None:
-        key = f"{target.path}.weight"
+        key = f"{target.path}.{target.info.weight}"
         self.done.add(key)
         before, after = self._pair(key)
         if torch.equal(before, after):
