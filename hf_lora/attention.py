@@ -65,8 +65,9 @@ def _attend(
     average: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    same, together = query is key is value, key is value
     batched, turned = query.dim() == 3, layer.batch_first and query.dim() == 3
+    together = batched and key is value  # torch projects what is not batched one by one
+    same = together and query is key
     if is_causal and mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")  # torch's own error and words
     # From here on (L, N, E), in which torch computes.

@@ -3,6 +3,9 @@
 The pair of in_proj stands under the module's name, X, and that of out_proj under X.base_layer.out_proj. Where they
 differ in rank (a role's rows are a block of in_proj, and out_proj has one rank alone) the smaller is filled up with
 zeros in files, and taken down again where they are read.
+
+PEFT adds out_proj's ΔW twice, in its forward and in a merge. A file means what PEFT makes of it, so that the alpha of
+that pair is `TWICE` the file's.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from torch.nn.functional import pad
 from .errors import LoRAFileError
 from .values import Factors
 
-__all__ = ["around", "file_path", "filled", "model_path", "taken_down"]
+__all__ = ["TWICE", "around", "file_path", "filled", "model_path", "taken_down"]
+
+TWICE = 2
 
 _OUT = ".out_proj"
 _IN_FILES = re.compile(r"(.+)\.base_layer\.out_proj")
@@ -43,7 +48,7 @@ def file_path(path: str, factors: Factors) -> str:
 
 
 def filled(factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The factors as files hold them: of one rank and alpha in each nn.MultiheadAttention.
+    """The factors as files hold them, with the files' alpha: of one rank and alpha in each nn.MultiheadAttention.
 
     Raises:
         LoRAFileError: PEFT's format has no notation for what is to be one.
@@ -51,7 +56,10 @@ def filled(factors: Mapping[str, Factors]) -> dict[str, Factors]:
     found = dict(factors)
     for path, pair in factors.items():
         module = around(path, pair)
-        other = factors.get(module) if module else None
+        if not module:
+            continue
+        found[path] = pair = dataclasses.replace(pair, alpha=pair.alpha / TWICE)
+        other = factors.get(module)
         if other is None:
             continue
         rank = max(pair.rank, other.rank)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attentionpairs import around, file_path, filled, model_path, taken_down
+from .attentionpairs import TWICE, around, file_path, filled, model_path, taken_down
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, SCRATCH, asked_for, beside
@@ -228,7 +228,10 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
         if path in plan.factors:
             plan.factors[path]["kind"] = "attention"
     known = config.resolve([outs.get(path, path) for path in plan.factors])
-    plan.resolved = {path: known[outs.get(path, path)] for path in plan.factors}
+    plan.resolved = {path: known[path] for path in plan.factors if path in known}
+    for path, module in outs.items():
+        rank, alpha = known[module]
+        plan.resolved[path] = (rank, alpha * TWICE)
     formed = bool(forms_asked(config))
     for path, pair in plan.factors.items():
         if "A" not in pair or "B" not in pair:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import architectures as arch
+from .attentionpairs import TWICE
 from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
@@ -390,7 +391,11 @@ class _Resolver:
 def resolved(config: LoRAConfig, paths: Mapping[str, str]) -> dict[str, tuple[int, float]]:
     """(rank, alpha) of each layer: path → the module whose name a config means by it, or "" for itself."""
     found = config.resolve([around or path for path, around in paths.items()])
-    return {path: found[around or path] for path, around in paths.items()}
+    return {
+        path: (rank, alpha * TWICE if around else alpha)
+        for path, around in paths.items()
+        for rank, alpha in [found[around or path]]
+    }
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

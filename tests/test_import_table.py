@@ -44,7 +44,7 @@ TABLE: dict[str, str] = {
     "layerinfo": "architectures",
     "survey": "architectures layerinfo rows",
     "matching": "architectures errors layerinfo patterns survey",
-    "targeting": "architectures batches config errors layerinfo matching patterns survey",
+    "targeting": "architectures attentionpairs batches config errors layerinfo matching patterns survey",
     # layers
     "weights": "errors sharding",
     "rounding": "",
