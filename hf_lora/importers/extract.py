@@ -161,14 +161,6 @@ def extract_lora(
     work = _Work(base, tuned, rank, energy, torch.device(device))
     conv1d = any(target.info.kind == "conv1d" for target in found.targets)
     for target in found.targets:
-        if target.info.groups > 1:
-            raise LoRAUnsupportedError(
-                f"{target.path}: a convolution with groups={target.info.groups} cannot be extracted: PEFT's form of "
-                "its LoRA reads all input channels, and a grouped weight's change does not.",
-                name=target.path,
-                value=target.info.groups,
-                remedy="Leave it out of target_modules.",
-            )
         work.layer(target)
     biases, modules = work.whole(model, bias, found.heads)
     work.rest()
