@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAUnsupportedError
-from .extras import asked_for
+from .extras import EXTRAS, asked_for
 from .fitting import adds_bias, base_state, weight_problem
 from .forms import Form, form_of
 from .inits import INITS, Layer
@@ -21,7 +21,7 @@ from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
-from .values import NAMES, AdapterValue, Block, Factors, group_blocks, require_whole_linear
+from .values import NAMES, AdapterValue, Block, Factors, group_blocks, require_kind, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
 
@@ -111,6 +111,8 @@ def initial_value(
 
 def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig) -> Factors:
     """The factors of a new adapter with its variants' vectors: while ΔW is zero, the layer computes what it did."""
+    for name in asked_for(config):
+        require_kind(EXTRAS[name], pair.kind)
     lacking = weight_problem(module, asked_for(config), pair.rank)
     if lacking is not None:
         raise LoRAUnsupportedError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
-from .extras import EXTRAS, FORWARD, asked_for
+from .extras import EXTRAS, FORWARD, Extra, asked_for
 from .forms import Form, form_of, forms_asked
 
 V = TypeVar("V", bound="AdapterValue")
@@ -27,6 +27,7 @@ __all__ = [
     "plain",
     "refuse_extras",
     "refuse_replicated",
+    "require_kind",
     "require_whole_linear",
     "without_training",
 ]
@@ -168,14 +169,7 @@ class Factors:
                 value=tuple(tensor.shape),
                 expected=(size,),
             )
-        if self.kind not in extra.kinds:
-            raise LoRAUnsupportedError(
-                f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for {NAMES[self.kind]}.",
-                name=extra.field,
-                value=self.kind,
-                expected=extra.kinds,
-                remedy=f"Leave {NAMES[self.kind]} out of target_modules, or train without {extra.field}.",
-            )
+        require_kind(extra, self.kind)
         if self.blocks and self.kind == "conv":
             if extra.weight:
                 raise LoRAUnsupportedError(
@@ -481,6 +475,18 @@ class AdapterValue:
             and same(self.embeddings, other.embeddings)
             and self.modules.keys() == other.modules.keys()
             and all(same(state, other.modules[path]) for path, state in self.modules.items())
+        )
+
+
+def require_kind(extra: Extra, kind: str) -> None:
+    """Raise `LoRAUnsupportedError` if a layer of this kind cannot have what a variant adds."""
+    if kind not in extra.kinds:
+        raise LoRAUnsupportedError(
+            f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for {NAMES.get(kind, kind)}.",
+            name=extra.field,
+            value=kind,
+            expected=extra.kinds,
+            remedy=f"Leave {NAMES.get(kind, kind)} out of target_modules, or train without {extra.field}.",
         )
 
 

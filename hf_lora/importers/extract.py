@@ -208,7 +208,7 @@ class _Work:
             raise LoRAMismatchError(f"{key}: a weight is NaN or infinite.", name=key, remedy="Use another checkpoint.")
         if target.info.kind == "conv":
             before, delta = as_matrix(before), as_matrix(delta)
-        elif target.info.kind != "linear":  # stored as (in, out)
+        elif target.info.kind in ("conv1d", "embedding"):  # stored as (in, out)
             before, delta = before.T, delta.T
         blocks = tuple(Block(role, rows) for role, rows in target.blocks)
         rows = [block.index() for block in blocks] or [torch.arange(delta.shape[0])]
