@@ -93,6 +93,10 @@ class LoRAHeads(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
         self.copies[str(index)] = copy
 
+    def forward(self, input: Any) -> Any:  # noqa: A002  # nn.Sequential's own name
+        """The input: a head that is an nn.Sequential runs every child, this one too."""
+        return input
+
     def _replicate_for_data_parallel(self) -> LoRAHeads:
         replica: LoRAHeads = super()._replicate_for_data_parallel()
         replica.state = self.state.pinned()

@@ -233,6 +233,26 @@ def test_a_model_of_transformers(peft, tmp_path):
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
+def test_a_head_that_is_a_sequence(tmp_path):
+    """ResNet's classifier is an nn.Sequential, which is trained whole beside the convolutions."""
+    import transformers
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 4}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).eval()
+    inputs, base = {"pixel_values": torch.randn(2, 3, 16, 16)}, copy.deepcopy(model)
+    model.add_lora(LoRAConfig(r=4, target_modules=["convolution"]))
+    assert torch.equal(logits(model, inputs), logits(base, inputs))
+    head = model.classifier.lora_heads.copies["0"][1]
+    head.weight.data += 1
+    changed = logits(model, inputs)
+    base.classifier[1].weight.data += 1
+    assert torch.equal(changed, logits(base, inputs))
+    with model.route_lora(["default", None]):
+        assert torch.equal(logits(model, inputs)[0], changed[0])
+    model.remove_lora()
+    assert type(model.classifier) is nn.Sequential
+
+
 # ---- every verb ------------------------------------------------------------------------------------------------------
 
 
