@@ -290,6 +290,8 @@ def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Ten
     """Why `tensors` is not the state dict of a module that an adapter may train whole; empty if it is."""
     if module is None:
         return [f"{path}: the model has no such module (a head of another class of model?)"]
+    if (info := describe_layer(module)) is not None and info.kind == "attention" and info.weight == "weight":
+        return [f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it"]
     if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
         return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
     own = own_state(module)

@@ -218,6 +218,15 @@ def _biases(
     if config.bias == "none":
         return
     modules, seen = dict(model.named_modules()), set()
+    attention = next((path for path, m in modules.items() if isinstance(m, nn.MultiheadAttention)), None)
+    if config.bias == "all" and attention is not None:
+        raise LoRAUnsupportedError(
+            f'{attention}: bias="all" is not for a model with an nn.MultiheadAttention, which adds biases of its own '
+            "and calls no layer.",
+            name="bias",
+            value="all",
+            remedy='Train with bias="none" or "lora_only".',
+        )
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = path.rpartition(".")
         if (

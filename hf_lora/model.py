@@ -400,6 +400,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             except BaseException:
                 del module.lora_heads
                 raise
+            shield(plan.modules, path, state)
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
     return held or entry.trainable

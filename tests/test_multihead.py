@@ -464,6 +464,47 @@ def test_variants_that_peft_refuses_there(fields):
     assert type(model.layer) is nn.MultiheadAttention
 
 
+def test_all_biases_are_refused_beside_it():
+    model = encoder()
+    with pytest.raises(LoRAUnsupportedError, match="adds biases of its own"):
+        made(model, target_modules=["linear1"], bias="all")
+    made(model, target_modules=["linear1"], bias="lora_only")
+
+
+def test_modules_that_are_trained_whole():
+    base = encoder()
+    inputs = {"x": states()["x"]}
+    for path in ("linear1", "self_attn", "norm2"):
+        model = copy.deepcopy(base)
+        model.add_lora(LoRAConfig(r=2, target_modules=["linear2"], modules_to_save=[path]))
+        assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+        for name, parameter in model.named_parameters():
+            if "lora_heads" in name:
+                parameter.data += 0.3
+        other = copy.deepcopy(base)
+        for name, parameter in other.named_parameters():
+            if f".{path}." in name:
+                parameter.data += 0.3
+        agrees(logits(model, inputs), logits(other, inputs))
+        model.remove_lora()
+        assert torch.equal(logits(model, inputs), logits(base, inputs))
+    with pytest.raises(LoRAError, match="never calls it"):
+        base.add_lora(LoRAConfig(r=2, target_modules=["linear2"], modules_to_save=["out_proj"]))
+
+
+def test_copies_and_pickles_keep_the_encoders_classes():
+    import pickle
+
+    model = made(encoder(), target_modules=["self_attn"])
+    inputs = states()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other, inputs), logits(model, inputs))
+        with other.no_lora(), model.use_lora("default"):
+            assert not torch.equal(logits(other, inputs), logits(model, inputs))
+        other.remove_lora()
+        assert type(other.encoder) is nn.TransformerEncoder
+
+
 def test_nested_tensors_and_wrong_masks():
     model = made(attention("batch first"))
     nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
