@@ -89,10 +89,10 @@ class Encoder(_Model):
 
     main_input_name = "x"
 
-    def __init__(self, batch_first: bool = True) -> None:
+    def __init__(self, batch_first: bool = True, layers: int = 2) -> None:
         super().__init__(LayersConfig())
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=batch_first)
         self.batch_first = batch_first
         self.finished()
 

@@ -128,6 +128,7 @@ def test_a_layer_computes_attention_with_w_plus_delta(kind):
             model.train_lora([])
         for tensors, given in calls(kind):
             agrees(model(tensors, **given), expected(tensors, **given))
+        for tensors, given in calls(kind)[:3]:
             with model.use_lora({"default": 0.5}):
                 agrees(model(tensors, **given), half(tensors, **given))
             with model.no_lora():
@@ -190,7 +191,7 @@ def test_dropout_of_the_attention_and_of_the_factors(monkeypatch):
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "all"])
 def test_rows_whatever_dimension_they_are_of(kind):
     model = made(attention(kind))
     model.add_lora(LoRAConfig(r=2, target_modules=["q", "o"]), "roles")
@@ -200,7 +201,7 @@ def test_rows_whatever_dimension_they_are_of(kind):
     randomise(model, 2)
     rows = ["roles", None, "trains"]
     axis = 0 if KINDS[kind].get("batch_first") else 1
-    for tensors, given in calls(kind)[:9]:
+    for tensors, given in calls(kind)[1:7]:
         with model.route_lora(rows):
             routed = model(tensors, **given)[0]
         for i, name in enumerate(rows):
@@ -221,9 +222,9 @@ def states(n=4, seed=0):
     return {"x": torch.randn(n, 6, 8, generator=g), "padding": padding}
 
 
-def encoder(batch_first=True):
+def encoder(batch_first=True, layers=2):
     torch.manual_seed(0)
-    return Encoder(batch_first).requires_grad_(False)
+    return Encoder(batch_first, layers).requires_grad_(False)
 
 
 @pytest.mark.parametrize("targets", [["self_attn"], ["linear1"], ["o"], ["q", "v", "linear2"]])
@@ -269,7 +270,7 @@ def test_rows_of_an_encoder_that_is_not_batch_first():
 
 
 def test_compiled_one_graph_serves_all():
-    model = made(encoder(), target_modules=["self_attn"])
+    model = made(encoder(layers=1), target_modules=["self_attn"])
     model.train_lora([])
     made(model, target_modules=["q", "o"], seed=2, name="b")
     inputs, graphs = {"x": states()["x"]}, []
@@ -320,7 +321,7 @@ def test_a_trainer_resumes_exactly(tmp_path):
 # ---- PEFT and files --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "all"])
 def test_peft_reads_ours_and_we_read_peft(peft, tmp_path, kind):
     base = attention(kind)
     for i, fields in enumerate(({}, {"use_rslora": True, "rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 3}})):
@@ -474,7 +475,7 @@ def test_all_biases_are_refused_beside_it():
 def test_modules_that_are_trained_whole():
     base = encoder()
     inputs = {"x": states()["x"]}
-    for path in ("linear1", "self_attn", "norm2"):
+    for path in ("linear1", "self_attn"):
         model = copy.deepcopy(base)
         model.add_lora(LoRAConfig(r=2, target_modules=["linear2"], modules_to_save=[path]))
         assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
