@@ -374,6 +374,13 @@ def unhook_activation(model: nn.Module) -> None:
     unhook(model, _Hook)
 
 
+_NO_POSITION = {  # by the kind of layer
+    "embedding": "an embedding has no position to begin at",
+    "conv": "a convolution reads several positions at once",
+    "attention": "PEFT defines it for linear layers, and nn.MultiheadAttention calls none",
+}
+
+
 def refuse_activation(
     model: nn.Module,
     config: Any,
@@ -390,7 +397,7 @@ def refuse_activation(
     """
     if config.alora_invocation_tokens is None:
         return
-    facts = [f"{path}: an embedding has no position to begin at" for path, kind in kinds.items() if kind == "embedding"]
+    facts = [f"{path}: {_NO_POSITION[kind]}" for path, kind in kinds.items() if kind in _NO_POSITION]
     for path in kinds:
         held = getattr(model.get_submodule(path), "lora_slots", None)
         row_map = row_maps.get(path, "batch") if held is None else held.row_map

@@ -97,6 +97,7 @@ class LoRABanks(nn.Module):
     row_map: str
     in_features: int
     out_features: int
+    kernel: tuple[int, ...] = ()  # of a convolution
     fresh: bool  # whether the base's forward is known to give a tensor that nobody else holds
     slots: dict[int, Slot]
     masters: dict[int, tuple[Tensor, Tensor]]  # what `read` gives of adapters whose bank was cast to a smaller dtype
@@ -137,6 +138,11 @@ class LoRABanks(nn.Module):
             present=torch.zeros(1, device=device, dtype=torch.bool),
         )
         self._non_persistent_buffers_set.update(self._buffers)
+
+    @property
+    def factored(self) -> bool:
+        """Whether any adapter has factors here."""
+        return any(slot.rank for slot in self.slots.values())
 
     # ---- putting and reading ----------------------------------------------------------------------------------------
 

@@ -82,8 +82,10 @@ def _row_map(path: str, modules: Mapping[str, nn.Module], parts: dict[str, _Part
         if beside is not None:
             return beside
     around = modules.get(path.rpartition(".")[0])
+    attends = isinstance(modules.get(path), nn.MultiheadAttention)  # which turns its batch to the front itself
     if (
-        isinstance(around, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        not attends
+        and isinstance(around, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
         and not around.self_attn.batch_first
     ):
         return "second"

@@ -49,8 +49,16 @@ EXTRAS: Mapping[str, Extra] = {
     extra.name: extra
     for extra in (
         Extra("diagonal", "kasa_config", "lora_diag", "rank", weight=True),
-        Extra("magnitude", "use_dora", "lora_magnitude_vector", "out", ("linear", "embedding"), weight=True, gain=True),
-        Extra("offset", "lora_bias", "lora_B.bias", "out"),
+        Extra(
+            "magnitude",
+            "use_dora",
+            "lora_magnitude_vector",
+            "out",
+            ("linear", "embedding", "conv"),
+            weight=True,
+            gain=True,
+        ),
+        Extra("offset", "lora_bias", "lora_B.bias", "out", ("linear", "conv")),
         Extra("projection", "velora_config", "lora_velora_embed", "group", training=True, trains=False),
         Extra("deviation", "monteclora_config", "lora_monteclora_sampler.std_prior", "rank", training=True),
         Extra("experts", "monteclora_config", "lora_monteclora_sampler.expert_weights_prior", "samples", training=True),

@@ -14,17 +14,27 @@ from torch import Tensor, nn
 from .batches import row_maps
 from .errors import LoRAMismatchError
 from .extras import EXTRAS
-from .layerinfo import is_held, modules_of
+from .layerinfo import is_held, modules_of, out_of
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .quantised import rounding_problem
 from .rounding import rounding_of
 from .sharding import whole
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve
-from .values import AdapterValue
+from .values import AdapterValue, Factors, group_blocks
 from .weights import compute_dtype, is_dense, materialised
 
-__all__ = ["Plan", "adds_bias", "base_state", "head_problems", "make_plan", "own_state", "unpooled", "weight_problem"]
+__all__ = [
+    "Plan",
+    "adds_bias",
+    "attention_kinds",
+    "base_state",
+    "head_problems",
+    "make_plan",
+    "own_state",
+    "unpooled",
+    "weight_problem",
+]
 
 _MOST_NAMED = 64  # kinds of adapters (sets of targets) of which a model remembers what they name
 
@@ -71,26 +81,30 @@ def make_plan(
         if path in heads:
             problems.append(f"{path}: another adapter on this model trains it whole (modules_to_save)")
             continue
+        around = out_of(path, modules)
         held: Any = module._modules.get("lora_slots")
         if held is not None and held.kind != "bias":
             kind, want = held.kind, (held.in_features, held.out_features)
         else:
             info = describe_layer(module)
-            if info is None:
+            if info is None or (around is not None and describe_layer(modules[around]) is None):
                 problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
                 continue
             infos[path] = info
-            kind = "embedding" if info.kind == "embedding" else "linear"
+            kind = info.pair
             want = (info.in_features, info.out_features)
         got = (factors.in_features, factors.out_features)
         if kind != factors.kind:
             problems.append(f"{path}: the adapter's factors are of a {factors.kind}, the layer is a {kind}")
         elif (lacking := weight_problem(module, factors.extras, factors.rank)) is not None:
             problems.append(f"{path}: {lacking[1]}")
-        elif rounding is not None and (odd := rounding_problem(module, rounding, kind, len(factors.blocks))):
+        elif (rounding is not None and (odd := rounding_problem(module, rounding, kind, len(factors.blocks)))) or (
+            kind == "conv" and (odd := _odd_kernel(module, factors))
+        ):
             problems.append(f"{path}: {odd}")
         elif want != got:
             problems.append(f"{path}: the factors are {got[0]} -> {got[1]}, the layer is {want[0]} -> {want[1]}")
+    problems += _attention_problems(value, modules)
     for path, bias in value.biases.items():
         owner = modules.get(path.rpartition(".")[0])
         own = getattr(owner, "bias", None)
@@ -118,8 +132,37 @@ def make_plan(
             remedy=_remedy(value, modules),
             facts=problems,
         )
-    fresh = [*infos, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
+    halves = [around for path in infos if (around := out_of(path, modules)) is not None]
+    fresh = [*infos, *halves, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
     return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {})
+
+
+def attention_kinds(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterValue:
+    """The value with pairs of in_proj's kind, which a file does not tell from a Linear's where they are alone."""
+    changed = {}
+    for path, pair in value.factors.items():
+        if pair.kind == "linear" and isinstance(modules.get(path), nn.MultiheadAttention) and not pair.extras:
+            changed[path] = dataclasses.replace(pair, kind="attention", form=None)
+    return dataclasses.replace(value, factors={**value.factors, **changed}) if changed else value
+
+
+def _attention_problems(value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Biases beside nn.MultiheadAttention, which reads them and calls no layer."""
+    if value.config.bias == "none":
+        return []
+    found = [path for path, pair in value.factors.items() if pair.kind == "attention"]
+    return [f"{path}: bias={value.config.bias!r} is not for nn.MultiheadAttention" for path in found]
+
+
+def _odd_kernel(module: nn.Module, factors: Factors) -> str | None:
+    """Why a pair is of another convolution than this one."""
+    info = describe_layer(module)
+    assert info is not None
+    if info.kernel != factors.kernel:
+        return f"the factors are of a kernel {factors.kernel}, the layer's is {info.kernel}"
+    if factors.blocks != group_blocks(info.out_features, info.groups):
+        return f"the factors are of a convolution of {max(len(factors.blocks), 1)} groups, the layer has {info.groups}"
+    return None
 
 
 def unpooled(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterValue:
@@ -180,7 +223,11 @@ def _missing(
 ) -> list[str]:
     """What the config names on this model and the file does not hold."""
     targets, heads = _named(model, value, state, modules)
-    missing = [path for path in targets if path not in value.factors]
+    halves = {
+        out_of(path, modules): path for path in targets
+    }  # either projection of nn.MultiheadAttention may be alone
+    beside = {path: halves.get(path) or out_of(path, modules) for path in targets}
+    missing = [path for path in targets if path not in value.factors and beside[path] not in value.factors]
     wanted: list[str] = []
     if value.config.bias != "none":
         biases = [f"{path}.bias" for path in value.factors if getattr(modules[path], "bias", None) is not None]
@@ -243,6 +290,8 @@ def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Ten
     """Why `tensors` is not the state dict of a module that an adapter may train whole; empty if it is."""
     if module is None:
         return [f"{path}: the model has no such module (a head of another class of model?)"]
+    if (info := describe_layer(module)) is not None and info.kind == "attention" and info.weight == "weight":
+        return [f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it"]
     if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
         return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
     own = own_state(module)
@@ -299,6 +348,8 @@ def _remedy(value: AdapterValue, modules: Mapping[str, nn.Module]) -> str:
 def adds_bias(module: nn.Module) -> bool:
     """Whether the layer simply adds its bias to its output, so that an adapter can change it there."""
     info = describe_layer(module)
+    if info is not None and info.kind == "attention":  # nobody calls it
+        return False
     if isinstance(module, nn.LayerNorm):  # a subclass with a forward of its own may have its channels elsewhere
         return getattr(type(module), "lora_base", type(module)).forward is nn.LayerNorm.forward
     return isinstance(module, BIAS_ADDED) or (info is not None and info.kind != "embedding")

@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAUnsupportedError
-from .extras import asked_for
+from .extras import EXTRAS, asked_for
 from .fitting import adds_bias, base_state, weight_problem
 from .forms import Form, form_of
 from .inits import INITS, Layer
@@ -21,12 +21,17 @@ from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
-from .values import AdapterValue, Block, Factors, require_whole_linear
+from .values import NAMES, AdapterValue, Block, Factors, group_blocks, require_kind, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
 
 __all__ = ["initial_value", "refuse_embeddings"]
 
+# With which `init` layers begin that PEFT begins in a few ways alone.
+_BEGUN = {
+    "conv": ("kaiming", "gaussian", "off"),
+    "attention": ("kaiming", "gaussian", "off", "orthogonal"),
+}
 _LARGE = 1 << 20  # numbers in a weight, from which on its decomposition is worth a bar
 
 
@@ -47,6 +52,7 @@ def initial_value(
         device = torch.device("meta") if device_of(module).type == "meta" else torch.device("cpu")
         kind = target.info.kind
         blocks = tuple(Block(role, rows) for role, rows in target.blocks)
+        groups = group_blocks(target.info.out_features, target.info.groups)
         form = form_of(config, target.path)
         if form is not None:
             _require_form(form, target, blocks)
@@ -79,14 +85,15 @@ def initial_value(
             B[rows, i * r : (i + 1) * r] = (torch.cat([b, -b], 1) if init.anchored else b).to(device)
         alpha = target.alpha * _times(n * r // target.rank, config)
         pair = Factors(
-            "embedding" if kind == "embedding" else "linear",
+            target.info.pair,
             A,
-            B,
+            B if target.info.groups == 1 else _grouped(B, groups, config),
             alpha,
             config.use_rslora,
-            blocks,
+            blocks or groups,
             anchored=init.anchored,
             form=form,
+            kernel=target.info.kernel,
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
     if init.anchored:
@@ -104,6 +111,8 @@ def initial_value(
 
 def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig) -> Factors:
     """The factors of a new adapter with its variants' vectors: while ΔW is zero, the layer computes what it did."""
+    for name in asked_for(config):
+        require_kind(EXTRAS[name], pair.kind)
     lacking = weight_problem(module, asked_for(config), pair.rank)
     if lacking is not None:
         raise LoRAUnsupportedError(
@@ -125,8 +134,34 @@ def with_extras(module: nn.Module, path: str, pair: Factors, config: LoRAConfig)
     return dataclasses.replace(pair, extras=extras)
 
 
+def _grouped(B: torch.Tensor, groups: tuple[Block, ...], config: LoRAConfig) -> torch.Tensor:
+    """What the groups of a convolution keep of B, (out, R); random numbers as large as PEFT's, of shorter rows."""
+    n, kept = len(groups), torch.zeros_like(B)
+    for i, block in enumerate(groups if B.device.type != "meta" else ()):
+        columns = slice(i * B.shape[1] // n, (i + 1) * B.shape[1] // n)
+        kept[block.index(), columns] = B[block.index(), columns] * math.sqrt(n)
+    return kept
+
+
 def refuse_embeddings(config: LoRAConfig, targets: Iterable[Target]) -> None:
-    """Raise `LoRAUnsupportedError` if an embedding is to begin in a way that is not for embeddings."""
+    """Raise `LoRAUnsupportedError` if an embedding or a convolution is to begin in a way that is not for it."""
+    for target in targets:
+        kind = target.info.kind
+        if kind in _BEGUN and config.init not in _BEGUN[kind]:
+            raise LoRAUnsupportedError(
+                f"{target.path}: init={config.init!r} is not for {NAMES[kind]}.",
+                name=target.path,
+                value=config.init,
+                expected=_BEGUN[kind],
+                remedy='Leave it out of target_modules, or begin with init="kaiming".',
+            )
+        if kind == "attention" and config.bias != "none":
+            raise LoRAUnsupportedError(
+                f"{target.path}: bias={config.bias!r} is not for nn.MultiheadAttention, which calls no layer.",
+                name="bias",
+                value=config.bias,
+                remedy='Leave it out of target_modules, or train with bias="none".',
+            )
     found = [target.path for target in targets if target.info.kind == "embedding"]
     if found and not INITS[config.init_method].embeddings:
         raise LoRAUnsupportedError(
@@ -183,6 +218,15 @@ def _biases(
     if config.bias == "none":
         return
     modules, seen = dict(model.named_modules()), set()
+    attention = next((path for path, m in modules.items() if isinstance(m, nn.MultiheadAttention)), None)
+    if config.bias == "all" and attention is not None:
+        raise LoRAUnsupportedError(
+            f'{attention}: bias="all" is not for a model with an nn.MultiheadAttention, which adds biases of its own '
+            "and calls no layer.",
+            name="bias",
+            value="all",
+            remedy='Train with bias="none" or "lora_only".',
+        )
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = path.rpartition(".")
         if (

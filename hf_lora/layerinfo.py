@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .architectures import EXPERT_PARAMETERS
 
-__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "why_not", "unhook"]
+__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "out_of", "why_not", "unhook"]
 
 
 # Names of the children that hf_lora gives to a module: what adapters hold is not part of the base.
@@ -46,14 +49,32 @@ class LayerInfo:
     """Kind and sizes of a layer that can take a LoRA.
 
     Attributes:
-        kind: "linear" (weight `(out, in)`, quantised or not), "conv1d" (GPT-2's, weight `(in, out)`) or "embedding".
-        in_features: size of what the layer reads; for an embedding the number of its rows V.
+        kind: "linear" (weight `(out, in)`, quantised or not), "conv1d" (GPT-2's, weight `(in, out)`), "embedding", or
+            "conv" (nn.Conv1d, Conv2d, Conv3d), or "attention" (nn.MultiheadAttention's in_proj, at the path of the
+            module, and its out_proj).
+        in_features: size of what the layer reads; for an embedding the number of its rows V, for a convolution its
+            channels times the size of its kernel.
         out_features: size of what the layer gives; for an embedding its width d.
+        kernel: of a convolution, its sizes.
+        groups: of a convolution.
     """
 
-    kind: Literal["linear", "conv1d", "embedding"]
+    kind: Literal["linear", "conv1d", "embedding", "conv", "attention"]
     in_features: int
     out_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def pair(self) -> Literal["linear", "embedding", "conv", "attention"]:
+        """The kind of factors that it takes: `Factors.kind`."""
+        return "linear" if self.kind == "conv1d" else self.kind
+
+    @property
+    def weight(self) -> str:
+        """What the layer calls the weight that a LoRA changes."""
+        attends = self.kind == "attention" and self.out_features == 3 * self.in_features
+        return "in_proj_weight" if attends else "weight"
 
     @property
     def max_rank(self) -> int:
@@ -74,11 +95,6 @@ class _Refused:
 
 
 _REFUSED = (
-    _Refused(
-        re.compile("NonDynamicallyQuantizableLinear"),
-        "nn.MultiheadAttention reads this layer's weight and never calls it",
-        overridden=False,
-    ),
     _Refused(re.compile("Router|Gate(?!d)"), "a router: its forward returns more than a projection"),
     _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
@@ -86,7 +102,7 @@ _REFUSED = (
 
 _QUANTISERS = frozenset({"bitsandbytes", "torchao"})  # their embeddings look up as nn.Embedding does
 
-_NOT_YET = re.compile(r"^(Lazy)?Conv(Transpose)?[123]d$")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def describe_layer(module: nn.Module) -> LayerInfo | None:
@@ -107,9 +123,19 @@ def describe_layer(module: nn.Module) -> LayerInfo | None:
         if _refused(module) is not None:
             return None
         return LayerInfo("embedding", module.num_embeddings, module.embedding_dim)
+    if isinstance(module, _CONVOLUTIONS):
+        if _odd_convolution(module) is not None:
+            return None
+        kernel = tuple(module.kernel_size)
+        return LayerInfo("conv", module.in_channels * math.prod(kernel), module.out_channels, kernel, module.groups)
+    if isinstance(module, nn.MultiheadAttention):
+        size = module.embed_dim
+        return LayerInfo("attention", size, 3 * size) if _odd_attention(module) is None else None
     own: Any = _own_class(module)
-    linear, conv1d = _looks(own)
     sizes = vars(module)
+    if own is NonDynamicallyQuantizableLinear:
+        return LayerInfo("attention", sizes["in_features"], sizes["out_features"])
+    linear, conv1d = _looks(own)
     if linear:
         fan_in, fan_out = sizes.get("in_features"), sizes.get("out_features")
         if not (isinstance(fan_in, int) and isinstance(fan_out, int)) or _refused(module) is not None:
@@ -137,18 +163,53 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
     Returns:
         a clause that follows "it is a <class>: ", and True where the answer is "not yet" instead of "not a layer".
     """
+    if _own_class(module) is NonDynamicallyQuantizableLinear:
+        return "nn.MultiheadAttention reads this layer's weight and never calls it; name that module", True
     reason = _refused(module)
     if reason is not None:
         return reason, True
-    if any(_NOT_YET.match(cls.__name__) for cls in type(module).__mro__):
-        return "convolutions are not supported yet", True
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _odd_convolution(module) or "another convolution than Conv1d, Conv2d and Conv3d", True
     if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
         return "its weights are 3-D parameters (PEFT's target_parameters), which are not supported yet", True
     if isinstance(module, nn.MultiheadAttention):
-        return "it holds W_q, W_k and W_v as one parameter and calls no Linear layer", True
+        return _odd_attention(module) or "a layer", True
     if next(module.children(), None) is not None:
         return "a container, not a layer", False
-    return "neither a Linear-like layer, a Conv1D nor an Embedding", False
+    return "neither a Linear-like layer, a Conv1D, a convolution nor an Embedding", False
+
+
+def _odd_convolution(module: nn.Module) -> str | None:
+    """Why a convolution takes no LoRA; None if it does."""
+    own: Any = _own_class(module)
+    if isinstance(module, nn.modules.conv._LazyConvXdMixin):
+        return "it is lazy, so its sizes are not known before it has run once"
+    if module.transposed:
+        return "transposed convolutions are not supported"
+    plain = next((cls for cls in _CONVOLUTIONS if issubclass(own, cls)), None)
+    if plain is None or (own.forward, own._conv_forward) != (plain.forward, plain._conv_forward):
+        return "its forward is not that of nn.Conv1d, Conv2d or Conv3d"
+    return None
+
+
+def _odd_attention(module: nn.Module) -> str | None:
+    """Why an nn.MultiheadAttention takes no LoRA; None if it does."""
+    own: Any = _own_class(module)
+    assert isinstance(module, nn.MultiheadAttention)
+    if own.forward is not nn.MultiheadAttention.forward:
+        return "its forward is not that of nn.MultiheadAttention"
+    if not module._qkv_same_embed_dim:
+        return "its keys or values have another width (kdim, vdim), with a weight for each, which PEFT does not adapt"
+    if _own_class(module.out_proj) is not NonDynamicallyQuantizableLinear:
+        return f"its out_proj is a {type(module.out_proj).__name__}"
+    return None
+
+
+def out_of(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The path of the nn.MultiheadAttention that the layer at `path` is the output projection of; None: of none."""
+    around, _, name = path.rpartition(".")
+    module = modules.get(around)
+    return around if name == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:

@@ -93,6 +93,10 @@ class LoRAHeads(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
         self.copies[str(index)] = copy
 
+    def forward(self, input: Any) -> Any:  # noqa: A002  # nn.Sequential's own name
+        """The input: a head that is an nn.Sequential runs every child, this one too."""
+        return input
+
     def _replicate_for_data_parallel(self) -> LoRAHeads:
         replica: LoRAHeads = super()._replicate_for_data_parallel()
         replica.state = self.state.pinned()
@@ -171,7 +175,8 @@ def _methods(mixin: type[Swapped]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cls in reversed(mixin.__mro__):
         if issubclass(cls, Swapped):
-            found |= {name: value for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
+            own = (types.FunctionType, property)
+            found |= {name: value for name, value in vars(cls).items() if isinstance(value, own)}
     return found
 
 

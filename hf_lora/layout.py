@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attentionpairs import TWICE, around, file_path, filled, model_path, taken_down
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, SCRATCH, asked_for, beside
 from .forms import Form, form_of, forms_asked
-from .values import AdapterValue, Block, Factors
+from .values import AdapterValue, Block, Factors, group_blocks
 
 __all__ = [
     "Plan",
@@ -97,6 +98,8 @@ class Plan:
     unused: list[str] = field(default_factory=list)  # names of the base's own tensors that the adapter replaces
     resolved: dict[str, tuple[int, float]] = field(default_factory=dict)  # path -> (rank, alpha)
     forms: dict[str, Form] = field(default_factory=dict)  # of those that are not stored whole
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of convolutions
+    groups: dict[str, int] = field(default_factory=dict)  # of the same
 
 
 def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Plan:
@@ -190,6 +193,8 @@ def _ending(key: str, endings: Iterable[str]) -> str | None:
 
 
 def _put(plan: Plan, path: str, kind: str, part: str, name: str, problems: list[str]) -> None:
+    out = model_path(path)  # of an nn.MultiheadAttention
+    path, kind = (path, kind) if out is None else (out, "attention")
     pair = plan.factors.setdefault(path, {"kind": kind})
     if pair["kind"] != kind or part in pair:
         problems.append(f"{name!r} is a second {part} for {path!r}")
@@ -218,7 +223,15 @@ def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
 
 def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
     higher: dict[str, str] = {}
-    plan.resolved = config.resolve(plan.factors)
+    outs = {path: path.rpartition(".")[0] for path, pair in plan.factors.items() if pair["kind"] == "attention"}
+    for path in outs.values():
+        if path in plan.factors:
+            plan.factors[path]["kind"] = "attention"
+    known = config.resolve([outs.get(path, path) for path in plan.factors])
+    plan.resolved = {path: known[path] for path in plan.factors if path in known}
+    for path, module in outs.items():
+        rank, alpha = known[module]
+        plan.resolved[path] = (rank, alpha * TWICE)
     formed = bool(forms_asked(config))
     for path, pair in plan.factors.items():
         if "A" not in pair or "B" not in pair:
@@ -232,10 +245,11 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
             plan.forms[path] = form
             if len(a) == len(b) == 2:
                 a, b = form.whole(a, b)
+        elif _is_convolution(a, b):
+            plan.kernels[path], plan.groups[path] = a[2:], a[0] // b[1]
+            a, b = (a[0], math.prod(a[1:])), (b[0], a[0])
         if len(a) != 2 or len(b) != 2:
-            if len(a) > 2 and len(a) == len(b):
-                higher[pair["A"]] = f"a convolution's factors, shape {list(a)}"
-            elif len(a) == 2 and len(b) == 3:
+            if len(a) == 2 and len(b) == 3:
                 higher[pair["B"]] = f"enable_lora (PEFT before 0.3), shape {list(b)}"
             else:
                 problems.append(f"{path!r}: lora_A {list(a)} and lora_B {list(b)} are not matrices")
@@ -248,9 +262,21 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
         elif a_type != b_type or not a_type.is_floating_point:
             problems.append(f"{path!r}: lora_A is {a_type}, lora_B {b_type}; both must have one floating dtype")
     _refuse_foreign(higher, source)
-    if plan.forms and not problems:
+    if (plan.forms or plan.kernels) and not problems:
         _check_growth(plan, specs, problems)
     _check_extras(config, plan, specs, problems)
+
+
+def _is_convolution(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether these are the shapes of a convolution's pair: (r, in, k…) and (out, r/groups, 1…)."""
+    if not 2 < len(a) == len(b) < 6 or 0 in a or 0 in b or set(b[2:]) != {1}:
+        return False
+    return a[0] % b[1] == 0 and b[0] % (a[0] // b[1]) == 0
+
+
+def _extra_shape(name: str, length: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a file has a variant's vector in: a magnitude of a convolution is (1, out, 1…), as its norms."""
+    return (1, length, *(1 for _ in kernel)) if kernel and name == "magnitude" else (length,)
 
 
 def _check_growth(plan: Plan, specs: Mapping[str, Spec], problems: list[str]) -> None:
@@ -259,8 +285,9 @@ def _check_growth(plan: Plan, specs: Mapping[str, Spec], problems: list[str]) ->
     held = sum(math.prod(shape) for pair in pairs.values() for shape in pair)
     whole = [plan.forms[path].whole(*pair) if path in plan.forms else pair for path, pair in pairs.items()]
     grown = sum(math.prod(shape) for pair in whole for shape in pair)
+    grown += sum(math.prod(pairs[path][1]) * (groups - 1) for path, groups in plan.groups.items())
     if grown > _MOST_GROWN * held:
-        field = next(iter(plan.forms.values())).field
+        field = next((form.field for form in plan.forms.values()), "groups of convolutions")
         problems.append(
             f"{field}: factors of {held:,} numbers would become {grown:,}, over {_MOST_GROWN} times as many"
         )
@@ -278,8 +305,8 @@ def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], pro
             elif "A" not in pair or "B" not in pair:
                 problems.append(f"{name!r}: {path!r} has no factors")
             else:
-                (rank, inner), (outer, _) = specs[pair["A"]][1], specs[pair["B"]][1]
-                size = (extra.length(config, inner, outer, rank),)
+                (rank, inner, *_), (outer, *_) = specs[pair["A"]][1], specs[pair["B"]][1]
+                size = _extra_shape(part, extra.length(config, inner, outer, rank), plan.kernels.get(path, ()))
                 if shape != size or not dtype.is_floating_point:
                     problems.append(f"{name!r} is {dtype} {list(shape)}; it should be a floating {list(size)}")
     for path in plan.factors:
@@ -365,18 +392,16 @@ def assemble(
     try:
         factors = {
             path: Factors(
-                kind="embedding" if pair["kind"] == "embedding" else "linear",
-                **_pair(plan, path, tensors),
+                **_pair(plan, path, tensors, blocks.get(path, ())),
                 alpha=plan.resolved[path][1],
                 use_rslora=config.use_rslora,
-                blocks=blocks.get(path, ()),
-                extras={part: tensors[name] for part, name in plan.extras.get(path, {}).items()},
+                extras={part: tensors[name].view(-1) for part, name in plan.extras.get(path, {}).items()},
             )
             for path, pair in plan.factors.items()
         }
         return AdapterValue(
             config,
-            factors,
+            taken_down(factors),
             biases={key: tensors[name] for key, name in plan.biases.items()},
             modules={path: {k: tensors[n] for k, n in state.items()} for path, state in plan.modules.items()},
             embeddings={key: tensors[name] for key, name in plan.embeddings.items()},
@@ -385,14 +410,19 @@ def assemble(
         raise LoRAFileError(f"{source}: {error.message}", name=error.name, value=error.value) from error
 
 
-def _pair(plan: Plan, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A and B whole, and their form."""
-    A, B = (tensors[plan.factors[path][part]] for part in ("A", "B"))
-    form = plan.forms.get(path)
-    if form is None:
-        return {"A": A, "B": B}
-    A, B = form.plain(A, B)
-    return {"A": A, "B": B, "form": form}
+def _pair(plan: Plan, path: str, tensors: Mapping[str, Tensor], blocks: tuple[Block, ...]) -> dict[str, Any]:
+    """A and B whole, their kind, and their form."""
+    pair = plan.factors[path]
+    A, B = (tensors[pair[part]] for part in ("A", "B"))
+    form, kernel = plan.forms.get(path), plan.kernels.get(path)
+    if kernel is not None:
+        groups = plan.groups[path]
+        A, B = A.flatten(1), B.flatten(1)
+        B = torch.block_diag(*B.chunk(groups)) if groups > 1 else B
+        return {"kind": "conv", "A": A, "B": B, "kernel": kernel, "blocks": group_blocks(len(B), groups)}
+    if form is not None:
+        A, B = form.plain(A, B)
+    return {"kind": pair["kind"], "A": A, "B": B, "form": form, "blocks": blocks}
 
 
 def _sums_finite(tensor: Tensor) -> bool:
@@ -446,15 +476,19 @@ def from_state_dict(
 def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
     """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
     found: dict[str, Tensor] = {}
-    for path, factors in value.factors.items():
+    for path, factors in filled(value.factors).items():
         A, B = factors.stored()
+        path = file_path(path, factors)
         if factors.kind == "embedding":
             found[f"{PREFIX}{path}.lora_embedding_A"] = A
             found[f"{PREFIX}{path}.lora_embedding_B"] = B
         else:
             found[f"{PREFIX}{path}.lora_A.weight"] = A
             found[f"{PREFIX}{path}.lora_B.weight"] = B
-        found |= {f"{PREFIX}{path}.{EXTRAS[name].key}": tensor for name, tensor in factors.extras.items()}
+        found |= {
+            f"{PREFIX}{path}.{EXTRAS[name].key}": tensor.view(_extra_shape(name, len(tensor), factors.kernel))
+            for name, tensor in factors.extras.items()
+        }
         found |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in beside(factors.extras).items()}
     for name, tensor in (*value.biases.items(), *value.embeddings.items()):
         path, _, parameter = name.rpartition(".")
@@ -472,7 +506,8 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     lora_alpha, for loaders that ignore the patterns. Targets stay if they are a list each of whose names ends an
     adapted path and that leaves none out; otherwise they become the full paths.
     """
-    config, factors = value.config, value.factors
+    config = value.config
+    factors = {around(path, pair) or path: pair for path, pair in filled(value.factors).items()}
     actual = {path: (pair.rank, float(pair.alpha)) for path, pair in factors.items()}
     rslora = {pair.use_rslora for pair in factors.values()}
     if len(rslora) > 1:
@@ -539,7 +574,7 @@ def blocks_json(value: AdapterValue) -> str | None:
     found = {
         path: [[block.role, [[span.start, span.stop] for span in block.rows]] for block in factors.blocks]
         for path, factors in value.factors.items()
-        if factors.blocks
+        if factors.blocks and factors.kind != "conv"  # whose groups the shapes tell
     }
     return json.dumps(found, sort_keys=True) if found else None
 

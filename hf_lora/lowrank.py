@@ -60,9 +60,10 @@ def assembled(
     rank = pairs[0][0].shape[0]
     alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
     if not blocks:
-        return Factors(like.kind, *pairs[0], alpha, use_rslora)
+        return Factors(like.kind, *pairs[0], alpha, use_rslora, kernel=like.kernel)
     stacked = [(block, a, b) for block, (a, b) in zip(blocks, pairs, strict=True)]
-    return Factors.stack(stacked, out_features=like.out_features, alpha=alpha, use_rslora=use_rslora, kind=like.kind)
+    out, kind, kernel = like.out_features, like.kind, like.kernel
+    return Factors.stack(stacked, out_features=out, alpha=alpha, use_rslora=use_rslora, kind=kind, kernel=kernel)
 
 
 def largest_rank(terms: Terms) -> int:

@@ -46,7 +46,9 @@ class Matcher:
             ending = f".{item}"
             names = [name for name in modules if name == item or name.endswith(ending)]
         paths = list(dict.fromkeys(self.seen.canonical[name] for name in names))
-        found: Asked = {path: None for path in paths if path in self.seen.layers}
+        layers = self.seen.layers
+        found: Asked = {path: None for path in paths if path in layers and not layers[path].out_of}
+        found |= {path: None for path, layer in layers.items() if layer.out_of in found and layer.out_of}
         if found:
             self._note_others(item, field, [path for path in paths if path not in found])
             return found

@@ -31,7 +31,7 @@ from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
 from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
-from .weights import mergeable
+from .weights import as_matrix, mergeable, weight_name
 from .workers import each
 
 __all__ = ["Merged", "factored", "merge_lora", "merged_lora", "require_mergeable", "unmerge_lora"]
@@ -235,7 +235,8 @@ def _touched(model: nn.Module, active: Active) -> list[str]:
     for head in [path for entry in active.entries for path in entry.record.heads]:
         whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
-    return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(active)), *whole]))
+    weights = [f"{path}.{weight_name(model.get_submodule(path))}" for path in _layers(active)]
+    return list(dict.fromkeys([*weights, *whole]))
 
 
 def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:
@@ -364,29 +365,31 @@ def _change(
 
     def forward(path: str, scratch: Scratch) -> None:
         weight, was = mergeable(modules[path], path).detach(), old.weights.get(path)
-        result = weight if was is None else restored(weight, was, path, scratch)
+        flat = as_matrix(weight)
+        result = flat if was is None else restored(flat, was, path, scratch)
         if path in changes:
             before = b"" if was is None else was.before
             result, record = added(result, changes[path](result), path, scratch, before)
             new.weights[path] = record  # before the write: after a failure the weight itself tells which it is
-        weight.copy_(result)
+        weight.copy_(result.view(weight.shape))
         if was is not None:
             was.moved = []  # its memory serves the next layer; `backward` makes it again
 
     def backward(path: str, scratch: Scratch) -> None:
         weight, was, now = mergeable(modules[path], path).detach(), old.weights.get(path), new.weights.get(path)
-        found = fingerprint(weight)
+        flat = as_matrix(weight)
+        found = fingerprint(flat)
         if was is not None and was.moved and found == was.after:
             return  # not begun
         if now is not None and found == now.after:
-            result = restored(weight, now, path, scratch)
+            result = restored(flat, now, path, scratch)
         elif found in {record.before for record in (was, now) if record is not None}:
-            result = weight
+            result = flat
         else:
             return  # somebody else wrote it, which is what was raised
         if was is not None:
             result, old.weights[path] = added(result, was.change, path, scratch, was.before)
-        weight.copy_(result)
+        weight.copy_(result.view(weight.shape))
 
     _require_unchanged(model, old)
     try:

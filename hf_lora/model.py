@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .activation import hook_activation, refuse_activation, unhook_activation
+from .attention import LoRAAttention, shield, unshield
 from .config import LoRAConfig
+from .convslots import LoRAConvSlots
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
 from .extras import EXTRAS
 from .facts import RunFacts
-from .fitting import Plan, head_problems, make_plan, unpooled
+from .fitting import Plan, attention_kinds, head_problems, make_plan, unpooled
 from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
-from .layerinfo import HELD, modules_of
+from .layerinfo import HELD, modules_of, out_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
 from .preparing import unprepare
 from .quantised import hold_still, let_go, refuse_rearranged
@@ -219,7 +221,7 @@ def _put(
     finite: bool,
 ) -> None:
     state, modules = state_of(model), modules_of(model)
-    value = unpooled(value, modules)
+    value = attention_kinds(unpooled(value, modules), modules)
     _require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
@@ -349,6 +351,10 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             settings={f: s for f in STEPS if (s := getattr(value.config, f)) is not None},
             still=(*still, "B" if factors.kind == "embedding" else "A") if value.config.freeze_a else still,
         )
+        around = out_of(path, plan.modules)
+        if around is not None and around not in value.factors:  # whose forward it is that runs here
+            beside = _slots(model, state, plan.modules[around], around, plan)
+            beside.put_frozen(entry.slot, Slot(), None, None, None)
         A, B, extras = factors.A, factors.B, factors.extras
         if entry.trainable:
             master = torch.promote_types(A.dtype, torch.float32)
@@ -398,6 +404,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             except BaseException:
                 del module.lora_heads
                 raise
+            shield(plan.modules, path, state)
         assert isinstance(module, LoRAHead)
         module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
     return held or entry.trainable
@@ -464,6 +471,16 @@ def _shift(module: nn.Module, bias: Tensor | None, effect: Effect) -> Tensor | N
     return sum(found[1:], found[0]) if found else None
 
 
+# By the kind of factors: the class that the layer is given, and what holds its adapters.
+_HELD_BY: Mapping[str, tuple[type[LoRALinear], type[LoRASlots]]] = {
+    "bias": (LoRABias, LoRASlots),
+    "linear": (LoRALinear, LoRASlots),
+    "embedding": (LoRAEmbedding, LoRASlots),
+    "conv": (LoRALinear, LoRAConvSlots),
+    "attention": (LoRAAttention, LoRASlots),
+}
+
+
 def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, plan: Plan) -> LoRASlots:
     """The module's slots; its class is swapped and they are made if it has none."""
     held = module._modules.get("lora_slots")
@@ -473,10 +490,12 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     info = plan.infos.get(path) or describe_layer(module)
     own = getattr(module, "bias", None)
     sizes = (0, own.numel() if own is not None else 0) if info is None else (info.in_features, info.out_features)
-    kind = "bias" if info is None else "embedding" if info.kind == "embedding" else "linear"
-    mixin = {"bias": LoRABias, "embedding": LoRAEmbedding, "linear": LoRALinear}[kind]
+    kind = "bias" if info is None else info.pair
+    mixin, held_by = _HELD_BY[kind]
+    mixin = LoRALinear if out_of(path, plan.modules) else mixin
     dtype = compute_dtype(module, model)
-    slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
+    slots = held_by(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
+    slots.kernel = () if info is None else info.kernel
     slots.training, slots.fresh = module.training, type(module).forward is nn.Linear.forward
     if kind != "bias" and _RESERVED in vars(model):
         slots.reserve(*vars(model)[_RESERVED])
@@ -487,6 +506,7 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     except BaseException:
         del module.lora_slots
         raise
+    shield(plan.modules, path, state)
     return slots
 
 
@@ -621,11 +641,11 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         )
         assert pair is not None
         extras = slots.extras(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
-        kind = "embedding" if slots.kind == "embedding" else "linear"
         blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
         rslora = resident.config.use_rslora
         A, B = pair
-        factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, slot.anchored, slot.form)  # type: ignore[arg-type]
+        like: dict[str, Any] = {"anchored": slot.anchored, "form": slot.form, "kernel": slots.kernel}
+        factors[path] = Factors(slots.kind, A, B, slot.alpha, rslora, blocks, extras, **like)
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -661,7 +681,7 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
         LoRAMismatchError: a value is not of the same layers, ranks, biases and heads.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    values = {name: unpooled(value, modules) for name, value in values.items()}
+    values = {name: attention_kinds(unpooled(value, modules), modules) for name, value in values.items()}
     for name, value in values.items():
         problems = _refill_problems(read(model, name), value, modules)
         if problems:
@@ -791,7 +811,8 @@ def _forget(model: nn.Module, state: LoRAState, entry: Entry) -> None:
 
 def _erase(model: nn.Module, entry: Entry) -> None:
     """Take an adapter out of every layer; a layer that holds none gets its class back."""
-    for module in modules_of(model).values():
+    modules = modules_of(model)
+    for module in modules.values():
         if isinstance(module, LoRALinear):
             module.lora_slots.remove(entry.slot)
             if not module.lora_slots.slots:
@@ -803,3 +824,4 @@ def _erase(model: nn.Module, entry: Entry) -> None:
             if not len(module.lora_heads.copies):
                 restore(module)
                 del module.lora_heads
+    unshield(modules)

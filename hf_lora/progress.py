@@ -19,7 +19,7 @@ from .slots import LoRASlots, Slot
 from .spectrum import effective_rank
 from .state import Entry
 from .targeting import roles_of
-from .weights import materialised
+from .weights import as_matrix, materialised, weight_name
 
 __all__ = ["Progress", "trained_parameters"]
 
@@ -120,12 +120,13 @@ class Progress:
             if (pair.path, pair.rows) in squares:  # of another adapter too
                 continue
             module = self.model.get_submodule(pair.path)
-            weight = module.weight
+            weight = getattr(module, weight_name(module))
             assert isinstance(weight, Tensor)
             if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
                 self.left_out[pair.role] = f"{pair.path} is quantised ({weight.dtype})"
                 continue
-            weight = materialised(module, "weight") if weight.is_meta else whole(weight.detach())
+            weight = materialised(module, weight_name(module)) if weight.is_meta else whole(weight.detach())
+            weight = as_matrix(weight)
             if weight.is_meta or weight.ndim != 2:
                 self.left_out[pair.role] = f"the weight of {pair.path} is not here as a matrix"
                 continue

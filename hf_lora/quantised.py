@@ -56,11 +56,11 @@ def rounding_problem(module: nn.Module, rounding: Rounding, kind: str, blocks: i
     """Why an adapter that is for a rounded weight does not fit the layer; None if it does.
 
     Args:
-        kind: of the layer, "linear" or "embedding".
+        kind: of the layer, as `Factors.kind`.
         blocks: how many slices of a fused layer it has.
     """
-    if kind == "embedding":
-        return "LoftQ (init_lora_weights) is for linear layers, not for an embedding"
+    if kind != "linear":
+        return f"LoftQ (init_lora_weights) is for linear layers, not for this {type(module).__name__}"
     if blocks and rounding.iterations > 1:
         return f"loftq_iter={rounding.iterations} is for whole layers, not for slices of a fused one"
     if is_dense(module):

@@ -152,7 +152,8 @@ class LoRASlots(LoRABanks):
                 if dropout:  # what is multiplied sees the input that A sees
                     x, dropout = dropped_out(x, dropout), 0.0
                     own = self.base.forward(base, x)
-                output = torch.addcmul(output, own, self.bank_gain[index].to(output.dtype) * weight)
+                gain = _along(self.bank_gain[index].to(output.dtype), output, base)
+                output = torch.addcmul(output, own, gain * weight)
             pair = None if slot.trainable or isinstance(weight, Tensor) else self._fused(x, output, index, dropout)
             if pair is not None and not isinstance(weight, Tensor):
                 output = PLAIN.add(output, x, *pair, weight, in_place=self._in_place())
@@ -160,8 +161,7 @@ class LoRASlots(LoRABanks):
                 delta = self._delta(x, output, base, index, dropout)
                 output = output + (delta * weight if scaled else delta).to(output.dtype)
         if slot.bias:
-            bias = self.bias_delta(index, getattr(base, "bias", None)).to(output.dtype)
-            bias = bias.view(-1, *[1] * (output.dim() - 2)) if isinstance(base, CHANNELS_FIRST) else bias
+            bias = _along(self.bias_delta(index, getattr(base, "bias", None)).to(output.dtype), output, base)
             output = output + (bias * weight if scaled else bias).to(output.dtype)
         return output
 
@@ -186,7 +186,8 @@ class LoRASlots(LoRABanks):
         effect, dtype = self.effect(index, base), own.dtype if self.kind == "embedding" else x.dtype
         A, B = effect.A.to(dtype), effect.B.to(dtype)
         narrow: Narrow = self.narrowing(index) if self.training and self.slots[index].settings else F.linear
-        inner, plain = dropped_out(x, dropout) if dropout else x, self.kind != "embedding" and own.dtype == dtype
+        inner = dropped_out(x, dropout) if dropout else x
+        plain = self.kind not in ("embedding", "conv") and own.dtype == dtype
         if effect.fixed is not None:  # never beside a gain
             C, D = (part.to(dtype) for part in effect.fixed)
             own = own + functional.low_rank(x, C, D).to(own.dtype)
@@ -202,9 +203,9 @@ class LoRASlots(LoRABanks):
         if effect.gain is not None:
             bias = None if self.kind == "embedding" else getattr(base, "bias", None)
             # Not gain ∘ summed: in half precision what a gain differs from 1 by has more digits than the gain.
-            less = summed if bias is None else summed - bias
-            changed = torch.addcmul(changed, less, (effect.gain - 1).to(changed.dtype))
-        return changed if effect.offset is None else changed + effect.offset.to(changed.dtype)
+            less = summed if bias is None else summed - _along(bias, summed, base)
+            changed = torch.addcmul(changed, less, _along((effect.gain - 1).to(changed.dtype), changed, base))
+        return changed if effect.offset is None else changed + _along(effect.offset.to(changed.dtype), changed, base)
 
     def _in_place(self) -> bool:
         """Whether the base's output is a new tensor that nobody needs any more, autograd included."""
@@ -248,6 +249,10 @@ class LoRASlots(LoRABanks):
         if self.kind == "embedding":
             return self._scaled_delta(x, A, B, base, 0.0)
         return F.linear(narrow(x, A), B)
+
+    def _grouped(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module) -> Tensor:
+        """Each row's delta. A: (N, R, in). B: (N, R, out), scaled."""
+        return functional.grouped_low_rank(x, A, B)
 
     def _trainable(self) -> Iterator[tuple[int, Slot]]:
         return ((index, slot) for index, slot in self.slots.items() if slot.trainable)
@@ -347,11 +352,11 @@ class LoRASlots(LoRABanks):
         if plan.gain is not None:
             output = torch.addcmul(output, output, _bias_rows(plan.gain, output, base))
         if plan.A is not None and plan.B is not None:
-            if x.dtype == output.dtype == plan.A.dtype and output.dim() > 2:
+            if x.dtype == output.dtype == plan.A.dtype and output.dim() > 2 and self.kind != "conv":
                 output = functional.add_grouped_low_rank(output, x, plan.A, plan.B, in_place=self._in_place())
             else:
                 A, B = plan.A.to(x.dtype), plan.B.to(x.dtype)
-                output = output + functional.grouped_low_rank(x, A, B).to(output.dtype)
+                output = output + self._grouped(x, A, B, base).to(output.dtype)
         elif plan.B is not None and plan.places is not None:
             output = output + _embed_scaled(self._embedded(x, output, plan.places[:, None], plan.B), base)
         if plan.bias is not None:
@@ -461,7 +466,7 @@ class LoRASlots(LoRABanks):
                 output = output + _embed_scaled(self._embedded(x, output, places, B), base)
             else:
                 A = self.bank_A[places].flatten(1, 2)  # (N, K·R, in)
-                output = output + functional.grouped_low_rank(x, A.to(x.dtype), B.to(x.dtype)).to(output.dtype)
+                output = output + self._grouped(x, A.to(x.dtype), B.to(x.dtype), base).to(output.dtype)
         if self.bank_bias.shape[0]:
             output = output + _bias_rows(_chosen(self.bank_bias, slots, weights), output, base)
         return output
@@ -521,6 +526,11 @@ def _bias_rows(bias: Tensor, output: Tensor, base: nn.Module) -> Tensor:
     ones = [1] * (output.dim() - 2)
     features = [bias.shape[1]]
     return bias.to(output.dtype).view(-1, *(features + ones if isinstance(base, CHANNELS_FIRST) else ones + features))
+
+
+def _along(vector: Tensor, output: Tensor, base: nn.Module) -> Tensor:
+    """A vector, (out,), in a shape that goes along the output's features."""
+    return vector.view(-1, *[1] * (output.dim() - 2)) if isinstance(base, CHANNELS_FIRST) else vector
 
 
 def _embed_scaled(delta: Tensor, base: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def parts(factors: Factors) -> list[tuple[str, Factors]]:
         return [("", factors)]
     rank = factors.rank // len(factors.blocks)
     alpha = factors.scaling * (math.sqrt(rank) if factors.use_rslora else rank)
-    return [(block.role, Factors(factors.kind, a, b, alpha, factors.use_rslora)) for block, a, b in factors.split()]
+    like: dict[str, Any] = {"alpha": alpha, "use_rslora": factors.use_rslora, "kernel": factors.kernel}
+    return [(block.role, Factors(factors.kind, a, b, **like)) for block, a, b in factors.split()]
 
 
 def delta_norm(factors: Factors) -> float:

@@ -94,8 +94,9 @@ def summarise(model: nn.Module) -> Summary:
             slot = slots.slots[entry.slot]
             anchored = anchored or slot.anchored
             ranks.add(slot.rank // max(len(slot.blocks), 1))
-            names = [role for role, _ in slot.blocks] or roles.get(path) or (path.rpartition(".")[2],)
-            for role in names if slot.blocks else ["+".join(names)]:
+            blocks = () if slots.kernel else slot.blocks  # a convolution's groups are no roles
+            names = [role for role, _ in blocks] or roles.get(path) or (path.rpartition(".")[2],)
+            for role in names if blocks else ["+".join(names)]:
                 counts[role] += 1
         low, high = min(ranks, default=0), max(ranks, default=0)
         adapters.append(

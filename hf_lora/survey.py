@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import architectures as arch
-from .layerinfo import LayerInfo, describe_layer, modules_of
+from .layerinfo import LayerInfo, describe_layer, modules_of, out_of
 from .rows import role_rows
 
 __all__ = ["Layer", "Survey", "survey"]
@@ -28,6 +28,7 @@ class Layer:
         rows: role → output rows, for a fused layer whose layout is known; empty otherwise.
         fused: several roles share its rows.
         guessed: its roles were told from names alone, because the model_type has no entry.
+        out_of: path of the nn.MultiheadAttention of which it is the output projection, which it comes with; or "".
     """
 
     path: str
@@ -36,6 +37,7 @@ class Layer:
     rows: Mapping[str, tuple[range, ...]] = field(default_factory=dict)
     fused: bool = False
     guessed: bool = False
+    out_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Survey:
         return [
             path
             for path, layer in self.layers.items()
-            if layer.info.kind != "embedding" and f"{path}.".startswith(starts)
+            if layer.info.kind not in ("embedding", "conv") and f"{path}.".startswith(starts)
         ]
 
 
@@ -111,7 +113,9 @@ def survey(model: nn.Module) -> Survey:
         if canonical[path] != path:
             continue
         info = describe_layer(module)
-        if info is not None:
+        if info is not None and info.kind == "attention":
+            layers |= _attention(path, info, modules)
+        elif info is not None:
             layers[path] = _layer(path, info, part)
         elif path and (roles := _expert_roles(module)):
             experts[path] = roles
@@ -155,7 +159,7 @@ def _endings(path: str) -> Iterator[str]:
 
 
 def _layer(path: str, info: LayerInfo, part: _Part) -> Layer:
-    if info.kind == "embedding":
+    if info.kind in ("embedding", "conv"):
         return Layer(path, info)
     entry = next((part.family[end] for end in _endings(path) if end in part.family), None)
     if entry is None:
@@ -164,6 +168,19 @@ def _layer(path: str, info: LayerInfo, part: _Part) -> Layer:
         return Layer(path, info, (entry,), guessed=part.guessed)
     rows = role_rows(entry, part.config, info.out_features) or {}
     return Layer(path, info, entry.roles, rows, fused=True, guessed=part.guessed)
+
+
+def _attention(path: str, info: LayerInfo, modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
+    """The layer that a projection of an nn.MultiheadAttention is."""
+    around = out_of(path, modules)
+    if around is not None:
+        adapted = describe_layer(modules[around]) is not None
+        return {path: Layer(path, info, ("o",), out_of=around)} if adapted else {}
+    if info.out_features != 3 * info.in_features:  # an out_proj by itself
+        return {}
+    size = info.in_features
+    rows = {role: (range(i * size, (i + 1) * size),) for i, role in enumerate("qkv")}
+    return {path: Layer(path, info, tuple(rows), rows, fused=True)}
 
 
 def _structural_siblings(layers: dict[str, Layer]) -> None:

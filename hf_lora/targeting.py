@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import architectures as arch
+from .attentionpairs import TWICE
 from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
@@ -81,8 +82,8 @@ def resolve(model: nn.Module, config: LoRAConfig, *, from_file: bool = False) ->
     Raises:
         LoRATargetError: a target, exclusion, pattern key, layer index or head that matches nothing (near matches are
             named), or something that is no layer.
-        LoRAUnsupportedError: it matches only what is not supported yet (experts' 3-D parameters, convolutions, a fused
-            layer whose rows nobody knows).
+        LoRAUnsupportedError: it matches only what is not supported yet (experts' 3-D parameters, a transposed conv, a
+            fused layer whose rows nobody knows).
         LoRAConfigError: a rank above what a layer's weight can have.
     """
     return _Resolver(survey(model), model, config, from_file).resolve()
@@ -121,7 +122,7 @@ class _Resolver:
             )
         paths = [path for path in self.seen.layers if path in asked]
         self._check_patterns(paths)
-        values = self.config.resolve(paths)
+        values = resolved(self.config, {path: self.seen.layers[path].out_of for path in paths})
         targets = tuple(self._target(path, asked[path], *values[path]) for path in paths)
         maps = {} if self.from_file else row_maps(self.model, paths, self.seen.modules)
         if self.words.used_roles:
@@ -214,7 +215,7 @@ class _Resolver:
     def _all_linear(self, heads: Collection[str]) -> Asked:
         asked: Asked = {}
         for path, layer in self.seen.layers.items():
-            if layer.info.kind == "embedding":
+            if layer.info.kind in ("embedding", "conv", "attention"):
                 continue
             if path == self.seen.output_embeddings:
                 self.words.note(f"{path}: the output head (all-linear leaves it out)")
@@ -224,7 +225,8 @@ class _Resolver:
                 asked[path] = None
         unable: dict[tuple[str, str], list[str]] = {}
         for path, module in self.seen.modules.items():
-            if path in self.seen.layers or self.seen.canonical[path] != path:
+            found = self.seen.layers.get(path)
+            if (found is not None and not found.out_of) or self.seen.canonical[path] != path:
                 continue
             if isinstance(module, nn.Linear) or path in self.seen.experts:
                 unable.setdefault((type(module).__name__, why_not(module)[0]), []).append(path)
@@ -359,13 +361,21 @@ class _Resolver:
                 expected=f"at most {limit}",
                 remedy=f"Use r <= {limit}, give this layer its own rank in rank_pattern, or exclude it.",
             )
+        if rank % layer.info.groups:
+            raise LoRAConfigError(
+                f"{path!r} is a convolution of {layer.info.groups} groups, which do not divide rank {rank}",
+                name="r",
+                value=rank,
+                expected=f"a multiple of {layer.info.groups}",
+                remedy="Choose such a rank, give this layer its own in rank_pattern, or exclude it.",
+            )
         return Target(path, layer.info, rank, alpha, blocks)
 
     def _check_patterns(self, paths: Sequence[str]) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
             table: Mapping[str, float] = getattr(self.config, field)
             for key in table:
-                if suffix_regex_lookup([key], paths, field=field):
+                if suffix_regex_lookup([key], [self.seen.layers[path].out_of or path for path in paths], field=field):
                     continue
                 if self.from_file:
                     self.words.note(f"{field} {key!r}: matches no target")
@@ -376,6 +386,16 @@ class _Resolver:
                     value=key,
                     remedy=self.words.near(key),
                 )
+
+
+def resolved(config: LoRAConfig, paths: Mapping[str, str]) -> dict[str, tuple[int, float]]:
+    """(rank, alpha) of each layer: path → the module whose name a config means by it, or "" for itself."""
+    found = config.resolve([around or path for path, around in paths.items()])
+    return {
+        path: (rank, alpha * TWICE if around else alpha)
+        for path, around in paths.items()
+        for rank, alpha in [found[around or path]]
+    }
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

@@ -13,21 +13,28 @@ from torch import Tensor
 
 from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
-from .extras import EXTRAS, FORWARD, asked_for
+from .extras import EXTRAS, FORWARD, Extra, asked_for
 from .forms import Form, form_of, forms_asked
 
 V = TypeVar("V", bound="AdapterValue")
 
 __all__ = [
+    "NAMES",
     "AdapterValue",
     "Block",
     "Factors",
+    "group_blocks",
     "plain",
     "refuse_extras",
     "refuse_replicated",
+    "require_kind",
     "require_whole_linear",
     "without_training",
 ]
+
+
+# Of the kinds that not every variant is for.
+NAMES = {"embedding": "an embedding", "conv": "a convolution", "attention": "nn.MultiheadAttention"}
 
 
 @dataclass(frozen=True)
@@ -64,22 +71,30 @@ class Block:
         return torch.cat([torch.arange(span.start, span.stop, device=device) for span in self.rows])
 
 
+def group_blocks(out_features: int, groups: int) -> tuple[Block, ...]:
+    """The blocks of a convolution's B: none, or one for each of its groups (PEFT's B is a grouped convolution)."""
+    step = out_features // groups
+    return tuple(Block(f"group {i}", (range(i * step, (i + 1) * step),)) for i in range(groups if groups > 1 else 0))
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """One layer's factors: ΔW = scaling·B·A, scaling = alpha/R, or alpha/√R with rsLoRA.
 
     Args:
-        kind: "linear" (Conv1D too), or "embedding".
-        A: (R, in); embedding: (R, V).
+        kind: "linear" (Conv1D too), "embedding", "conv" (nn.Conv1d, Conv2d, Conv3d), or "attention" (in_proj and
+            out_proj of nn.MultiheadAttention).
+        A: (R, in); embedding: (R, V); convolution: (R, in·∏k).
         B: (out, R); embedding: (d, R).
         alpha: alpha of PEFT's dense form, that is for the whole R.
         use_rslora: divide alpha by √R rather than R.
         blocks: slices of a fused layer. With n of them R = n·r, and columns i·r:(i+1)·r of B are zero outside block
-            i's rows. Empty: the whole layer.
+            i's rows. Empty: the whole layer. A convolution's groups are blocks.
         extras: the tensors that a variant adds, by the names in `extras.EXTRAS`, such as DoRA's "magnitude" (out,).
         anchored: when it trains, the second half of each block's rank stays: what the pair began as, negated, so that
             ΔW = scaling·(B·A − B₀·A₀). Nothing for a file: there it is a pair like any other.
         form: in which smaller shape A or B is trained and stored. Here both are whole, and of that form.
+        kernel: the sizes of a convolution's kernel, k; () for other kinds.
 
     Raises:
         LoRAMismatchError: the tensors are no such pair.
@@ -87,7 +102,7 @@ class Factors:
     Source: Hu et al. 2021 (arXiv:2106.09685) §4.1.
     """
 
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "conv", "attention"]
     A: Tensor
     B: Tensor
     alpha: float
@@ -96,14 +111,20 @@ class Factors:
     extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     anchored: bool = False
     form: Form | None = None
+    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "kernel", tuple(self.kernel))
         if not isinstance(self.extras, FrozenMapping):
             object.__setattr__(self, "extras", FrozenMapping(self.extras))
         a, b = tuple(self.A.shape), tuple(self.B.shape)
-        if self.kind not in ("linear", "embedding"):
-            raise LoRAMismatchError(f"kind={self.kind!r} is neither 'linear' nor 'embedding'.", value=self.kind)
+        if self.kind not in ("linear", *NAMES):
+            raise LoRAMismatchError(
+                f"kind={self.kind!r} is none of {', '.join(map(repr, ('linear', *NAMES)))}.",
+                name="kind",
+                value=self.kind,
+            )
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
             raise LoRAMismatchError(
                 f"A {a} and B {b} are no factors: A is (rank, in), B (out, rank).", name="A, B", value=(a, b)
@@ -119,10 +140,22 @@ class Factors:
             self._check_extra(name, tensor)
         if self.anchored and a[0] % (2 * max(len(self.blocks), 1)):
             raise LoRAMismatchError(f"Rank {a[0]} has no second half in each block.", name="anchored", value=a[0])
+        self._check_kernel()
         if self.blocks:
             self._check_blocks()
         if self.form is not None:
             self._check_form(self.form)
+
+    def _check_kernel(self) -> None:
+        conv, size = self.kind == "conv", math.prod(self.kernel)
+        if conv == bool(self.kernel) and (not conv or (len(self.kernel) <= 3 and size > 0 == self.A.shape[1] % size)):
+            return
+        raise LoRAMismatchError(
+            f"A reads {self.A.shape[1]} inputs, and kernel={self.kernel!r} is of no {self.kind} with so many.",
+            name="kernel",
+            value=self.kernel,
+            expected="one to three sizes whose product divides A's columns" if conv else "()",
+        )
 
     def _check_extra(self, name: str, tensor: Tensor) -> None:
         if name not in EXTRAS:
@@ -136,15 +169,16 @@ class Factors:
                 value=tuple(tensor.shape),
                 expected=(size,),
             )
-        if self.kind not in extra.kinds:
-            raise LoRAUnsupportedError(
-                f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for an {self.kind}.",
-                name=extra.field,
-                value=self.kind,
-                expected=extra.kinds,
-                remedy=f"Leave the {self.kind} out of target_modules, or train without {extra.field}.",
-            )
-        if self.blocks and not extra.training:
+        require_kind(extra, self.kind)
+        if self.blocks and self.kind == "conv":
+            if extra.weight:
+                raise LoRAUnsupportedError(
+                    f"{extra.field} is not for a convolution with groups, whose W + ΔW is no grouped weight.",
+                    name=extra.field,
+                    value=len(self.blocks),
+                    remedy=f"Leave it out of target_modules, or train without {extra.field}.",
+                )
+        elif self.blocks and not extra.training:
             raise LoRAUnsupportedError(
                 f"{extra.field} is for whole layers, not for slices of a fused one "
                 f"({', '.join(block.role for block in self.blocks)}).",
@@ -225,7 +259,11 @@ class Factors:
         return self.B.shape[0]
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes that files hold, and that are trained: those of its form."""
+        """A and B in the shapes that files hold: its form's; of a convolution (r, in, k…) and (out, r/groups, 1…)."""
+        if self.kind == "conv":
+            B = torch.cat([part for _, _, part in self.split()]) if self.blocks else self.B
+            ones = (1,) * len(self.kernel)
+            return self.A.view(self.rank, -1, *self.kernel), B.view(*B.shape, *ones)
         return (self.A, self.B) if self.form is None else self.form.stored(self.A, self.B)
 
     def plain(self) -> Factors:
@@ -237,7 +275,7 @@ class Factors:
     def delta(self) -> Tensor:
         """ΔW = scaling·B·A as a dense (out, in) tensor, in float32 (float64 if the factors are).
 
-        An embedding's is (d, V), the transpose of its weight; a Conv1D's likewise.
+        An embedding's is (d, V), the transpose of its weight; a Conv1D's likewise. A convolution's is (out, in·∏k).
 
         Raises:
             LoRAUnsupportedError: ΔW depends on the base's weight (DoRA).
@@ -254,8 +292,8 @@ class Factors:
     def equal(self, other: Factors) -> bool:
         """Same kind, scaling, blocks, and bit-equal tensors of the same dtype."""
         return (
-            (self.kind, self.alpha, self.use_rslora, self.blocks, self.form)
-            == (other.kind, other.alpha, other.use_rslora, other.blocks, other.form)
+            (self.kind, self.alpha, self.use_rslora, self.blocks, self.form, self.kernel)
+            == (other.kind, other.alpha, other.use_rslora, other.blocks, other.form, other.kernel)
             and _same(self.A, other.A)
             and _same(self.B, other.B)
             and self.extras.keys() == other.extras.keys()
@@ -281,7 +319,8 @@ class Factors:
         out_features: int,
         alpha: float,
         use_rslora: bool = False,
-        kind: Literal["linear", "embedding"] = "linear",
+        kind: Literal["linear", "embedding", "conv", "attention"] = "linear",
+        kernel: tuple[int, ...] = (),
     ) -> Factors:
         """One dense pair that computes what `parts` compute side by side; the inverse of `split`.
 
@@ -305,7 +344,7 @@ class Factors:
                 )
             b[block.index(b.device), i * r : (i + 1) * r] = part.detach()
         a = torch.cat([part.detach() for _, part, _ in parts])
-        return cls(kind, a, b, alpha * (math.sqrt(n) if use_rslora else n), use_rslora, blocks)
+        return cls(kind, a, b, alpha * (math.sqrt(n) if use_rslora else n), use_rslora, blocks, kernel=kernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -439,17 +478,29 @@ class AdapterValue:
         )
 
 
+def require_kind(extra: Extra, kind: str) -> None:
+    """Raise `LoRAUnsupportedError` if a layer of this kind cannot have what a variant adds."""
+    if kind not in extra.kinds:
+        raise LoRAUnsupportedError(
+            f"{extra.field} is for {' and '.join(extra.kinds)} layers, not for {NAMES.get(kind, kind)}.",
+            name=extra.field,
+            value=kind,
+            expected=extra.kinds,
+            remedy=f"Leave {NAMES.get(kind, kind)} out of target_modules, or train without {extra.field}.",
+        )
+
+
 def require_whole_linear(form: Form, kind: str, blocks: Sequence[Block]) -> None:
     """Raise `LoRAUnsupportedError` if a pair of this kind, or of these slices, cannot have a form."""
-    if blocks or kind == "embedding":
+    if blocks or kind in NAMES:
         raise LoRAUnsupportedError(
             f"{form.field} is for whole linear layers, not for "
-            + ("slices of a fused one." if blocks else "an embedding."),
+            + (f"{NAMES[kind]}." if kind in NAMES else "slices of a fused one."),
             name=form.field,
-            value=[block.role for block in blocks] or kind,
-            remedy="Name the fused layer itself in target_modules (c_attn, qkv_proj, query_key_value)."
-            if blocks
-            else f"Leave the embedding out of target_modules, or train without {form.field}.",
+            value=kind if kind in NAMES else [block.role for block in blocks],
+            remedy=f"Leave {NAMES[kind]} out of target_modules, or train without {form.field}."
+            if kind in NAMES
+            else "Name the fused layer itself in target_modules (c_attn, qkv_proj, query_key_value).",
         )
 
 

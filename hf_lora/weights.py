@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from .errors import LoRAUnsupportedError
 from .sharding import whole
 
-__all__ = ["compute_dtype", "dense_weight", "device_of", "is_dense", "is_here", "materialised", "mergeable"]
+__all__ = [
+    "as_matrix",
+    "compute_dtype",
+    "dense_weight",
+    "device_of",
+    "is_dense",
+    "is_here",
+    "materialised",
+    "mergeable",
+    "weight_name",
+]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -37,7 +47,7 @@ def materialised(module: nn.Module, name: str) -> Tensor:
 
 def compute_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
     """The floating dtype in which the layer computes: its weight's, or the model's where the weight is quantised."""
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, weight_name(module), None)
     if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return weight.dtype
     for source in (getattr(module, "compute_dtype", None), getattr(getattr(model, "config", None), "dtype", None)):
@@ -48,7 +58,7 @@ def compute_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
 
 def is_dense(module: nn.Module) -> bool:
     """Whether the layer's weight is a matrix of floats, and no quantised one; in memory or not, split or not."""
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, weight_name(module), None)
     plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
     return isinstance(weight, Tensor) and plain and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
 
@@ -65,9 +75,38 @@ def dense_weight(module: nn.Module) -> Tensor:
     return materialised(module, "weight") if weight.is_meta else whole(weight).detach()
 
 
+def weight_name(module: nn.Module) -> str:
+    """What the layer calls the weight that a LoRA changes."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight as (out, in), or as it lies; a convolution's is (out, in·∏k), a copy where it is channels_last."""
+    return weight.flatten(1) if weight.dim() > 2 else weight
+
+
 def mergeable(module: nn.Module, path: str) -> Tensor:
-    """The layer's dense weight. Raises `LoRAUnsupportedError` where it is quantised or not in memory."""
-    weight = getattr(module, "weight", None)
+    """The layer's dense weight.
+
+    Raises:
+        LoRAUnsupportedError: it is quantised, not in memory, computed from others, or of a convolution with groups.
+    """
+    weight = getattr(module, weight_name(module), None)
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        raise LoRAUnsupportedError(
+            f"{path}: cannot merge into a {type(module).__name__} with groups={module.groups}: a LoRA's A reads all "
+            "input channels, so that W + ΔW is no grouped weight.",
+            name=path,
+            value=module.groups,
+            expected=1,
+            remedy="Run it unmerged: set_lora(), use_lora() or route_lora().",
+        )
+    if isinstance(module, nn.modules.conv._ConvNd) and "weight" not in module._parameters:
+        raise LoRAUnsupportedError(
+            f"{path}: cannot merge into a {type(module).__name__} whose weight is computed from others (weight_norm).",
+            name=path,
+            remedy="Take the parametrization off first (torch.nn.utils.parametrize.remove_parametrizations).",
+        )
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         found = type(weight).__name__ if not isinstance(weight, Tensor) else str(weight.dtype)
         raise LoRAUnsupportedError(

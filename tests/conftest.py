@@ -35,6 +35,7 @@ NOT_CORE = {
     "test_benchmarks.py",
     "test_card.py",
     "test_ci.py",
+    "test_conv.py",  # this and test_multihead.py: layers of torch
     "test_cli.py",
     "test_cli_analyze.py",
     "test_cli_formats.py",
@@ -60,6 +61,7 @@ NOT_CORE = {
     "test_importers.py",  # values, and formats of others
     "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
+    "test_multihead.py",
     "test_package.py",
     "test_paper_methods.py",
     "test_paper_metrics.py",

@@ -428,8 +428,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
             BASE,
             {"text_config": dict(SMALL), "vision_config": dict(TOWER)},
             {
-                **{role: f"self_attn.{role}_proj 4" for role in "qkv"},
-                "o": "self_attn.out_proj 4",
+                **{role: f"self_attn.{role}_proj 4, head.attention 1" for role in "qkv"},
+                "o": "self_attn.out_proj 4, head.attention.out_proj 1",
                 "up": "layers.0.mlp.fc1 2, layers.1.mlp.fc1 2, head.mlp.fc1 1",
                 "down": "layers.0.mlp.fc2 2, layers.1.mlp.fc2 2, head.mlp.fc2 1",
             },
@@ -501,9 +501,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         name: (
             VLM,
             {"text_config": {**KV, "model_type": text}, "vision_config": dict(TOWER)},
-            {  # SigLIP's tower, with a pooling head whose nn.MultiheadAttention calls no layer
-                **{role: f"self_attn.{role}_proj 4" for role in "qkv"},
-                "o": "self_attn.o_proj 2, self_attn.out_proj 2",
+            {  # SigLIP's tower, with a pooling head that has an nn.MultiheadAttention
+                **{role: f"self_attn.{role}_proj 4, head.attention 1" for role in "qkv"},
+                "o": "self_attn.o_proj 2, self_attn.out_proj 2, head.attention.out_proj 1",
                 "gate": "mlp.gate_proj 2",
                 "up": "mlp.up_proj 2, mlp.fc1 3",
                 "down": "mlp.down_proj 2, mlp.fc2 3",
@@ -564,7 +564,7 @@ def test_each_role_gives_the_layers_written_down(model_type: str) -> None:
         assert resolution.architecture == model_type
         fused = role in FUSED.get(model_type, ())
         for target in resolution.targets:
-            visual = ".visual." in f".{target.path}" and role in "qkv"
+            visual = (".visual." in f".{target.path}" or target.path.endswith("head.attention")) and role in "qkv"
             assert bool(target.blocks) == (fused or visual), (role, target)
             assert [name for name, _ in target.blocks] in ([], [role])
 

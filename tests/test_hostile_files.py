@@ -277,9 +277,12 @@ def test_variants_are_named(folder, name, shape, match):
     assert name in str(refused(folder, match, LoRAUnsupportedError))
 
 
-def test_convolutions_and_merged_linears_are_named(folder):
-    save_file({A: torch.ones(2, 4, 3, 3), B: torch.ones(3, 2, 1, 1)}, folder / store.WEIGHTS_NAME)
-    refused(folder, "convolution", LoRAUnsupportedError)
+def test_a_convolution_that_grows_and_merged_linears_are_named(folder):
+    config = json.loads((folder / store.CONFIG_NAME).read_text())
+    (folder / store.CONFIG_NAME).write_text(json.dumps(config | {"r": 4096}))
+    save_file({A: torch.ones(4096, 1, 1), B: torch.ones(4096, 1, 1)}, folder / store.WEIGHTS_NAME)
+    refused(folder, "groups of convolutions")
+    (folder / store.CONFIG_NAME).write_text(json.dumps(config))
     save_file({A: torch.ones(4, 4), B: torch.ones(6, 2, 1)}, folder / store.WEIGHTS_NAME)
     refused(folder, "enable_lora", LoRAUnsupportedError)
 

@@ -44,7 +44,7 @@ TABLE: dict[str, str] = {
     "layerinfo": "architectures",
     "survey": "architectures layerinfo rows",
     "matching": "architectures errors layerinfo patterns survey",
-    "targeting": "architectures batches config errors layerinfo matching patterns survey",
+    "targeting": "architectures attentionpairs batches config errors layerinfo matching patterns survey",
     # layers
     "weights": "errors sharding",
     "rounding": "",
@@ -58,6 +58,9 @@ TABLE: dict[str, str] = {
     "activation": "errors layerinfo rowmaps state",
     "banks": "extras forms functional state variants",
     "slots": "activation banks dropout functional fused routing rowmaps state variants",
+    "convolution": "",
+    "convslots": "convolution dropout slots variants",
+    "attention": "errors layers slots state",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
@@ -71,7 +74,8 @@ TABLE: dict[str, str] = {
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors extras forms values",
+    "attentionpairs": "errors values",
+    "layout": "attentionpairs config errors extras forms values",
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
@@ -83,7 +87,7 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation config errors extras facts fitting initial inits layerinfo layers preparing quantised replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation attention config convslots errors extras facts fitting initial inits layerinfo layers preparing quantised replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "backends errors exact extras layerinfo layers model replication sharding standins state switching targeting ties values variants weights workers",  # noqa: E501
@@ -100,7 +104,7 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values workers",  # noqa: E501
+    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values weights workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
     "planning": "architectures backends config errors fields initial layerinfo model slots store survey targeting",

@@ -95,9 +95,11 @@ class ExpertsLinear(nn.Module):  # stacked
         (transformers.models.falcon.modeling_falcon.FalconLinear(3, 5), LayerInfo("linear", 3, 5)),
         (Router(3, 5), None),
         (ExpertsLinear(), None),
-        (nn.MultiheadAttention(4, 2).out_proj, None),
-        (nn.MultiheadAttention(4, 2), None),
-        (nn.Conv1d(3, 5, 1), None),
+        (nn.MultiheadAttention(4, 2).out_proj, LayerInfo("attention", 4, 4)),
+        (nn.MultiheadAttention(4, 2), LayerInfo("attention", 4, 12)),
+        (nn.MultiheadAttention(4, 2, kdim=3), None),
+        (nn.Conv1d(3, 5, 2), LayerInfo("conv", 6, 5, (2,))),
+        (nn.ConvTranspose1d(3, 5, 2), None),
         (nn.LayerNorm(4), None),
         (nn.Sequential(nn.Linear(3, 5)), None),
         (nn.Bilinear(2, 3, 4), None),
@@ -297,16 +299,14 @@ def test_every_item_has_to_match(llama: nn.Module) -> None:
     [
         ("LlamaForCausalLM", "input_layernorm", LoRATargetError, ["LlamaRMSNorm", "neither a Linear-like"]),
         ("LlamaForCausalLM", "self_attn", LoRATargetError, ["LlamaAttention", "a container", "self_attn.q_proj"]),
-        ("ViTModel", "projection", LoRAUnsupportedError, ["Conv2d", "not supported yet"]),
         ("MixtralForCausalLM", "experts", LoRAUnsupportedError, ["MixtralExperts", "target_parameters"]),
         ("MixtralForCausalLM", "down", LoRAUnsupportedError, ["MixtralExperts", "target_parameters"]),
         ("PhimoeForCausalLM", "router", LoRAUnsupportedError, ["PhimoeTopKRouter", "a router"]),
     ],
 )
 def test_what_is_no_layer_is_named(model: str, target: str, error: type[LoRAError], words: list[str]) -> None:
-    extra = {"num_local_experts": 2} if "ViT" not in model else {"image_size": 16, "patch_size": 4}
     with pytest.raises(error) as caught:
-        asked(build(model, **extra), [target])
+        asked(build(model, num_local_experts=2), [target])
     for word in words:
         assert word in str(caught.value)
 
@@ -322,11 +322,11 @@ def test_multihead_attention_is_explained_and_skipped() -> None:
 
 def test_a_name_that_also_matches_something_else_says_so() -> None:
     model = nn.ModuleDict(
-        {"a": nn.ModuleDict({"proj": nn.Linear(4, 4)}), "b": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 1)})}
+        {"a": nn.ModuleDict({"proj": nn.Linear(4, 4)}), "b": nn.ModuleDict({"proj": nn.ConvTranspose2d(3, 4, 1)})}
     )
     resolution = asked(model, ["proj"])
     assert [target.path for target in resolution.targets] == ["a.proj"]
-    assert any("b.proj (Conv2d)" in line for line in resolution.skipped)
+    assert any("b.proj (ConvTranspose2d)" in line for line in resolution.skipped)
 
 
 def test_unknown_architectures_are_read_by_structure() -> None:
@@ -474,8 +474,8 @@ def test_a_file_may_name_more_than_there_is(llama: nn.Module) -> None:
     assert len(resolution.skipped) == 4
     with pytest.raises(LoRATargetError, match="no target of"):
         asked(llama, ["query", "value"], from_file=True)
-    with pytest.raises(LoRAUnsupportedError, match="Conv2d"):
-        asked(build("ViTModel", image_size=16, patch_size=4), ["projection", "query"], from_file=True)
+    with pytest.raises(LoRAUnsupportedError, match="transposed"):
+        asked(nn.ModuleDict({"up": nn.ConvTranspose2d(3, 4, 1), "fc": nn.Linear(4, 4)}), ["up"], from_file=True)
 
 
 # -- PEFT -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..layerinfo import describe_layer, modules_of
 from ..model import state_of
 from ..replication import replication_of
 from ..values import AdapterValue, refuse_replicated
-from ..weights import materialised
+from ..weights import as_matrix, materialised, weight_name
 from .places import Place, called
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _of_model(model: nn.Module, paths: Mapping[str, Any]) -> dict[str, _Weight]:
         info = None if module is None else describe_layer(module)
         if module is None or info is None:
             continue
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, weight_name(module), None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
             raise LoRAUnsupportedError(
                 f"{path}: the weight of this {type(module).__name__} is quantised, and only dense ones are analysed.",
@@ -152,18 +153,20 @@ def _of_model(model: nn.Module, paths: Mapping[str, Any]) -> dict[str, _Weight]:
                 expected="a dense float weight",
                 remedy="Load the base model without quantisation.",
             )
-        turned = info.kind != "linear"
+        if info.groups > 1:
+            continue  # its ΔW has another shape than its weight
+        turned = info.kind in ("conv1d", "embedding")
         shape = (info.out_features, info.in_features)
 
         def read(module: nn.Module = module, turned: bool = turned, path: str = path) -> Tensor:
-            weight = materialised(module, "weight")
+            weight = materialised(module, weight_name(module))
             if weight.is_meta:
                 raise LoRAUnsupportedError(
                     f"{path}: its weight is on the meta device, so there is nothing to look at.",
                     name=path,
                     remedy="Load the base model with its weights.",
                 )
-            return weight.T if turned else weight
+            return weight.T if turned else as_matrix(weight)
 
         found[path] = _Weight(shape, read)
     return found
@@ -175,7 +178,7 @@ def _of_files(base: BaseFiles, adapter: AdapterValue, paths: Mapping[str, Any]) 
     found = {}
     for path, (stored, turned) in stored_weights(adapter, base).items():
         if path in paths:
-            shape = stored.shape[::-1] if turned else stored.shape
-            read: Callable[[], Tensor] = lambda s=stored, t=turned: s.read().T if t else s.read()  # type: ignore[misc] # noqa: E731
+            shape = stored.shape[::-1] if turned else (stored.shape[0], math.prod(stored.shape[1:]))
+            read: Callable[[], Tensor] = lambda s=stored, t=turned: s.read().T if t else as_matrix(s.read())  # type: ignore[misc] # noqa: E731
             found[path] = _Weight(shape, read)
     return found

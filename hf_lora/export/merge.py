@@ -18,6 +18,7 @@ from ..extras import EXTRAS, FORWARD
 from ..loading import read_source
 from ..merging import factored
 from ..values import AdapterValue, Factors, refuse_extras, refuse_replicated
+from ..weights import as_matrix
 from ..workers import alone
 from .base import BaseFiles, open_base
 from .plan import CHUNK, Item, MergePlan, decide, refuse_other_base
@@ -211,7 +212,8 @@ def _values(item: Item, plan: MergePlan) -> Iterator[Tensor]:
 
 def _added(weight: Tensor, factors: Factors, transposed: bool, path: str) -> Tensor:
     """round(W + ΔW), the bits that `merge_lora` gives, in place of W."""
-    change = factored([(factors, 1.0)], transposed, weight).to(weight.device, weight.dtype)
+    flat = as_matrix(weight)
+    change = factored([(factors, 1.0)], transposed, flat).to(weight.device, weight.dtype)
     for rows, delta in product(change):
         if not _finite(delta):
             raise LoRAMismatchError(
@@ -219,7 +221,7 @@ def _added(weight: Tensor, factors: Factors, transposed: bool, path: str) -> Ten
                 name=path,
                 remedy="Check the adapter (a diverged training run?).",
             )
-        old = weight[rows]
+        old = flat[rows]
         merged = change.put(old, rows, delta, torch.empty_like(old))
         if not _finite(merged) and bool((~torch.isfinite(merged) & torch.isfinite(old)).any()):
             raise _overflows(path, weight.dtype)

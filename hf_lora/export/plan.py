@@ -16,6 +16,7 @@ from ..fitting import make_plan
 from ..integrations.checkpoint_keys import Placed, auto_classes, dtype_of_keys, map_keys, meta_model, missing_is_fine
 from ..layerinfo import describe_layer, modules_of
 from ..values import AdapterValue, Factors, refuse_invoked
+from ..weights import weight_name
 from .base import BaseFiles, Stored
 from .shards import Spec
 
@@ -126,7 +127,8 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
         replaced |= {f"{path}.{key}": tensor for key, tensor in state.items()}
     files = _one_each(base, placed)
     tied = _tied(model, base, placed, files)
-    touched = {f"{path}.weight": factors for path, factors in value.factors.items()}
+    modules = modules_of(model)
+    touched = {f"{path}.{weight_name(modules[path])}": factors for path, factors in value.factors.items()}
     _refuse_tied([*touched, *replaced], tied)
     _refuse_unreachable([*touched, *replaced], value, placed, files)
     _refuse_shapes(base, placed, shapes, replaced)
@@ -147,6 +149,14 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
         other = replaced.get(key) if plain else None
         shape = stored.shape if other is None else tuple(other.shape)
         info = describe_layer(model.get_submodule(key.rpartition(".")[0])) if change is not None else None
+        if info is not None and info.groups > 1:
+            raise LoRAUnsupportedError(
+                f"{key}: a LoRA on a convolution with groups={info.groups} cannot be merged: its A reads all input "
+                "channels, so that W + ΔW is no grouped weight.",
+                name=key,
+                value=info.groups,
+                remedy="Run it unmerged on the base.",
+            )
         turned = info is not None and info.kind in ("conv1d", "embedding")
         items.append(Item(Spec(called, own, shape), stored, key, change, turned, other))
     there = {item.path for item in items}
@@ -182,7 +192,7 @@ def stored_weights(value: AdapterValue, base: BaseFiles) -> dict[str, tuple[Stor
                 files[key] = files[other]
     infos = {path: describe_layer(module) for path, module in layers.items()}
     return {
-        path: (files[f"{path}.weight"], info.kind != "linear")
+        path: (files[f"{path}.weight"], info.kind in ("conv1d", "embedding"))
         for path, info in infos.items()
         if info is not None and f"{path}.weight" in files
     }

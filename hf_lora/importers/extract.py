@@ -27,6 +27,7 @@ from ..fitting import adds_bias, own_state
 from ..lowrank import assembled, cut, enough
 from ..targeting import Target, resolve
 from ..values import AdapterValue, Block, Factors
+from ..weights import as_matrix
 from .sides import Side, Source, model_of, open_side
 
 __all__ = ["ExtractedLoRA", "ExtractedLayer", "Extraction", "extract_lora"]
@@ -195,7 +196,7 @@ class _Work:
         self.done: set[str] = set()
 
     def layer(self, target: Target) -> None:
-        key = f"{target.path}.weight"
+        key = f"{target.path}.{target.info.weight}"
         self.done.add(key)
         before, after = self._pair(key)
         if torch.equal(before, after):
@@ -205,7 +206,9 @@ class _Work:
         before, delta = before.to(wide), after.to(wide) - before.to(wide)
         if not delta.isfinite().all():
             raise LoRAMismatchError(f"{key}: a weight is NaN or infinite.", name=key, remedy="Use another checkpoint.")
-        if target.info.kind != "linear":  # stored as (in, out)
+        if target.info.kind == "conv":
+            before, delta = as_matrix(before), as_matrix(delta)
+        elif target.info.kind in ("conv1d", "embedding"):  # stored as (in, out)
             before, delta = before.T, delta.T
         blocks = tuple(Block(role, rows) for role, rows in target.blocks)
         rows = [block.index() for block in blocks] or [torch.arange(delta.shape[0])]
@@ -214,7 +217,7 @@ class _Work:
         if rank is None:
             assert self.energy is not None
             rank = max(enough(values, self.energy) for _, values, _ in svds)
-        like = Factors("embedding" if target.info.kind == "embedding" else "linear", delta[:1], delta[:, :1], 1.0)
+        like = Factors(target.info.pair, delta[:1], delta[:, :1], 1.0, kernel=target.info.kernel)
         pairs = cut(svds, rank, 1.0)
         self.factors[target.path] = assembled(like, blocks, [(a.contiguous(), b.contiguous()) for a, b in pairs], 1.0)
         for i, (index, (_, values, _)) in enumerate(zip(rows, svds, strict=True)):

@@ -106,4 +106,4 @@ def dense(module: nn.Module, path: str, kind: str, dtype: torch.dtype) -> Tensor
             remedy='Load the base without quantisation, or begin with init="kaiming".',
         )
     own = dense_weight(module)
-    return (own.T if kind in ("conv1d", "embedding") else own).to(dtype)
+    return (own.T if kind in ("conv1d", "embedding") else own.flatten(1)).to(dtype)

@@ -60,9 +60,9 @@ class Base:
         squares: Tensor | None = None,
         tails: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> Base:
-        """The weight of a layer of this class; an embedding's and a Conv1D's are (in, out), and are turned."""
+        """The weight of a layer of this class, (out, in); an embedding's and a Conv1D's are turned."""
         turned = issubclass(layer, nn.Embedding) or any(own.__name__ == "Conv1D" for own in layer.__mro__)
-        return cls(weight.T if turned else weight, squares, {} if tails is None else tails)
+        return cls(weight.T if turned else weight.flatten(1), squares, {} if tails is None else tails)
 
     def squares_of_rows(self) -> Tensor:
         """‖W‖² of each row, (out,), at least float32."""
