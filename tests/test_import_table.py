@@ -80,7 +80,11 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "attachment": "activation config errors facts layerinfo replication routing rowmaps state values",
+    "guards": "errors layers sharding slots state",
+    "reservation": "attachment errors layerinfo slots",
+    "reading": "attachment errors fitting layerinfo layers sharding slots values",
+    "model": "activation attachment config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
