@@ -21,6 +21,7 @@ from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
+from .tokens import initial_rows, token_paths
 from .values import AdapterValue, Block, Factors, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
@@ -95,6 +96,8 @@ def initial_value(
         config = config.replace(init="kaiming", init_options={})
     biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
     heads = {path: base_state(modules[path]) for path in found.heads}
+    for path, ids in token_paths(model, config.trainable_token_indices).items():
+        heads[path] = initial_rows(modules[path], path, ids)
     if any(target.info.kind == "conv1d" for target in found.targets):
         config = config.replace(fan_in_fan_out=True)
     if config.base_model is None:

@@ -18,6 +18,7 @@ from .errors import LoRAFileError, LoRAMismatchError, LoRANameError
 from .layerinfo import is_held
 from .model import put, read, refill, require
 from .sharding import first_alone
+from .tokenfields import ROWS
 from .values import AdapterValue
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=_closed_names(model, value.modules) or None,
+        modules_to_save=_closed_names(model, [p for p, state in value.modules.items() if ROWS not in state]) or None,
     )
     return dataclasses.replace(value, config=config)
 

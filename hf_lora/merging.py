@@ -7,6 +7,7 @@ whole or not at all.
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
+from .tokenfields import ROWS
+from .tokens import RowsOf, rows_name, rows_of, shared_rows
 from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
 from .weights import mergeable
@@ -120,7 +123,7 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
                 remedy="Run it unmerged, or train without lora_bias.",
             )
     if not untie:
-        refuse_tied(model, _touched(model, active))
+        refuse_tied(model, _touched(model, active), _together(model, active))
 
 
 def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str) -> Merged:
@@ -143,7 +146,8 @@ def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str
         changes, whole = _changes(model, active, values), _whole(model, active, values, old.tensors if old else {})
         new = Merged(active)
         with _held(state, verb, new):
-            apart = _touched(model, active) if untie else []
+            together = _together(model, active)
+            apart = [path for path in _touched(model, active) if path not in together] if untie else []
             _change(model, old or Merged(NOTHING), new, changes, whole, apart)
             state.merged = new
     return new
@@ -176,10 +180,20 @@ def _offsets(active: Active) -> list[str]:
 def _touched(model: nn.Module, active: Active) -> list[str]:
     """The paths of every Parameter that a merge writes."""
     whole = [path for entry in active.entries for path in entry.record.biases]
-    for head in [path for entry in active.entries for path in entry.record.heads]:
-        whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
+    for head, slot in [(path, entry.slot) for entry in active.entries for path in entry.record.heads]:
+        module = model.get_submodule(head)
+        if rows_of(module, slot) is not None:
+            whole.append(f"{head}.weight")
+        else:
+            whole += [f"{head}.{key}" for key, _ in module.named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
     return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(active)), *whole]))
+
+
+def _together(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
+    """Weights of which rows change, and those that share them and are to change with them."""
+    found = {f"{path}.weight": shared_rows(model, path, e.slot) for e in active.entries for path in e.record.heads}
+    return {name: tuple(f"{other}.weight" for other in others) for name, others in found.items() if others}
 
 
 def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:
@@ -256,7 +270,8 @@ def _whole(
     """
     found: dict[str, Tensor] = {}
     offset = any("offset" in f.extras for value in values.values() for f in value.factors.values())
-    own = {**_tensors(model), **base} if offset or any(entry.record.whole for entry in active.entries) else {}
+    whole = offset or any(entry.record.whole for entry in active.entries)
+    own: Mapping[str, Tensor] = ChainMap(dict(base), _tensors(model)) if whole else {}
     for entry, weight in active.mixture:
         value = values[entry.name]
         given = dict(value.biases)
@@ -267,7 +282,10 @@ def _whole(
                 given[name] = before + shift * (factors.scaling * weight)
         for path, tensors in value.modules.items():
             assert isinstance(model.get_submodule(path), LoRAHead)
-            given |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
+            if ROWS in tensors:
+                given[rows_name(path, entry.slot)] = tensors[ROWS]
+            else:
+                given |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
         for name, tensor in given.items():
             found[name] = tensor.to(own[name].dtype)
             if tensor.is_floating_point() and not bool(torch.isfinite(found[name]).all()):
@@ -280,9 +298,9 @@ def _whole(
     return found
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> RowsOf:
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in every if not is_held(name)}
+    return RowsOf(model, {name: tensor.detach() for name, tensor in every if not is_held(name)})
 
 
 # ---- the change ------------------------------------------------------------------------------------------------------
@@ -357,9 +375,11 @@ def _on_cpu(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
 
 
 def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    own = _tensors(model) if values else {}
+    if not values:
+        return
+    own = _tensors(model)
     for name, value in values.items():
-        own[name].copy_(value)
+        own.write(name, value)
 
 
 def _require_unchanged(model: nn.Module, merged: Merged) -> None:

@@ -33,6 +33,8 @@ from .sharding import refuse_sharded, reshard
 from .slots import LoRASlots, Slot, block_index
 from .state import NOTHING, Active, Entry, LoRAState
 from .targeting import Resolution, describe_layer, resolve
+from .tokenfields import ROWS, ids_of
+from .tokens import TokenRows
 from .values import AdapterValue, Factors
 from .variants import STEPS, Base, Effect, effect_of
 from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
@@ -268,20 +270,40 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             slots.put_frozen(entry.slot, slot, None, None, _bias_change(module, bias))
     for path, tensors in value.modules.items():
         module = plan.modules[path]
-        own = _head_copy(module, tensors)
-        if not isinstance(module, LoRAHead):
-            heads = LoRAHeads(state, plan.row_maps[path])
-            heads.train(module.training)
-            heads.base = type(module)
-            module.lora_heads = heads  # before the class, as in `_slots`
-            try:
-                swap(module, LoRAHead, path)
-            except BaseException:
-                del module.lora_heads
-                raise
-        assert isinstance(module, LoRAHead)
-        module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
+        if ROWS in tensors:
+            ids = ids_of(value.config.trainable_token_indices, path)
+            assert ids is not None
+            own_rows = _rows_copy(module, ids, tensors[ROWS], entry.trainable)
+            _put_head(state, module, path, plan, entry, own_rows)
+            for other in plan.shared.get(path, ()):
+                _put_head(state, plan.modules[other], other, plan, entry, own_rows.beside(plan.modules[other]))
+        else:
+            _put_head(state, module, path, plan, entry, _head_copy(module, tensors))
     return held or entry.trainable
+
+
+def _put_head(state: LoRAState, module: nn.Module, path: str, plan: Plan, entry: Entry, own: nn.Module) -> None:
+    """Hold an adapter's copy of a module beside it; its class is swapped if it holds none."""
+    if not isinstance(module, LoRAHead):
+        heads = LoRAHeads(state, plan.row_maps[path])
+        heads.train(module.training)
+        heads.base = type(module)
+        module.lora_heads = heads  # before the class, as in `_slots`
+        try:
+            swap(module, LoRAHead, path)
+        except BaseException:
+            del module.lora_heads
+            raise
+    assert isinstance(module, LoRAHead)
+    module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
+
+
+def _rows_copy(module: nn.Module, ids: tuple[int, ...], rows: Tensor, trainable: bool) -> TokenRows:
+    """Rows of the module's weight: in float32 or wider while they train, else in the weight's dtype."""
+    dtype = compute_dtype(module, module)
+    dtype = torch.promote_types(dtype, torch.float32) if trainable else dtype
+    parameter = nn.Parameter(rows.detach().to(device_of(module), dtype, copy=True), requires_grad=trainable)
+    return TokenRows(ids, parameter, module)
 
 
 def _turned(module: nn.Module) -> Tensor:

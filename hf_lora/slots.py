@@ -242,7 +242,7 @@ class LoRASlots(LoRABanks):
     def _scaled_delta(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, dropout: float) -> Tensor:
         padding = getattr(base, "padding_idx", None)
         delta = PLAIN.delta(x, A, B, kind=self.kind, dropout=dropout, padding_idx=padding)
-        return _embed_scaled(delta, base) if self.kind == "embedding" else delta
+        return functional.embed_scaled(delta, base) if self.kind == "embedding" else delta
 
     def _widened(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, narrow: Narrow) -> Tensor:
         if self.kind == "embedding":
@@ -353,7 +353,7 @@ class LoRASlots(LoRABanks):
                 A, B = plan.A.to(x.dtype), plan.B.to(x.dtype)
                 output = output + functional.grouped_low_rank(x, A, B).to(output.dtype)
         elif plan.B is not None and plan.places is not None:
-            output = output + _embed_scaled(self._embedded(x, output, plan.places[:, None], plan.B), base)
+            output = output + functional.embed_scaled(self._embedded(x, output, plan.places[:, None], plan.B), base)
         if plan.bias is not None:
             output = output + _bias_rows(plan.bias, output, base)
         for index, slot, chosen in plan.trained:
@@ -458,7 +458,7 @@ class LoRASlots(LoRABanks):
             B = self.bank_B[places] * (weights * here)[:, :, None, None].to(self.bank_B.dtype)  # (N, K, R, out)
             B = B.flatten(1, 2)  # (N, K·R, out)
             if self.kind == "embedding":
-                output = output + _embed_scaled(self._embedded(x, output, places, B), base)
+                output = output + functional.embed_scaled(self._embedded(x, output, places, B), base)
             else:
                 A = self.bank_A[places].flatten(1, 2)  # (N, K·R, in)
                 output = output + functional.grouped_low_rank(x, A.to(x.dtype), B.to(x.dtype)).to(output.dtype)
@@ -521,10 +521,3 @@ def _bias_rows(bias: Tensor, output: Tensor, base: nn.Module) -> Tensor:
     ones = [1] * (output.dim() - 2)
     features = [bias.shape[1]]
     return bias.to(output.dtype).view(-1, *(features + ones if isinstance(base, CHANNELS_FIRST) else ones + features))
-
-
-def _embed_scaled(delta: Tensor, base: nn.Module) -> Tensor:
-    scale = getattr(base, "embed_scale", None)  # Gemma's and BART's embeddings multiply what they look up
-    if scale is None:
-        return delta
-    return delta * (scale.to(delta.dtype) if isinstance(scale, Tensor) else scale)

@@ -26,7 +26,8 @@ TABLE: dict[str, str] = {
     "fields": "errors patterns",
     "initnames": "errors fields",
     "variantfields": "errors fields",
-    "config": "errors fields initnames patterns variantfields",
+    "tokenfields": "errors fields",
+    "config": "errors fields initnames patterns tokenfields variantfields",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -55,10 +56,12 @@ TABLE: dict[str, str] = {
     "activation": "errors layerinfo rowmaps state",
     "banks": "extras forms functional state variants",
     "slots": "activation banks dropout functional fused routing rowmaps state variants",
-    "layers": "errors functional routing rowmaps slots state variants weights",
+    "ties": "errors layerinfo",
+    "tokens": "errors functional layerinfo ties tokenfields weights",
+    "layers": "errors functional routing rowmaps slots state tokens variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
-    "values": "config errors extras forms",
+    "values": "config errors extras forms tokenfields",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
@@ -68,7 +71,7 @@ TABLE: dict[str, str] = {
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors extras forms values",
+    "layout": "config errors extras forms tokenfields values",
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
@@ -78,29 +81,28 @@ TABLE: dict[str, str] = {
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
-    "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
+    "initial": "config errors extras fitting forms inits layerinfo targeting tokens values variants weights",
+    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens values weights",  # noqa: E501
     "attachment": "activation config errors facts layerinfo replication routing rowmaps state values",
     "guards": "errors layers sharding slots state",
     "reservation": "attachment errors layerinfo slots",
     "reading": "attachment errors fitting layerinfo layers sharding slots values",
-    "model": "activation attachment config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting values variants weights",  # noqa: E501
+    "model": "activation attachment config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting tokenfields tokens values variants weights",  # noqa: E501
     "switching": "errors model state",
-    "ties": "errors layerinfo",
-    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
+    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties tokenfields tokens values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
     "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
     "summary": "errors extras layerinfo model slots state switching targeting values",
-    "loading": "bases errors hub layerinfo layers model sharding store values",
+    "loading": "bases errors hub layerinfo layers model sharding store tokenfields values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
     "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
+    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching tokenfields tokens values",  # noqa: E501
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
