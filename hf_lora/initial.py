@@ -97,7 +97,7 @@ def initial_value(
     biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
     heads = {path: base_state(modules[path]) for path in found.heads}
     for path, ids in token_paths(model, config.trainable_token_indices).items():
-        heads[path] = initial_rows(modules[path], path, ids)
+        heads[path] = initial_rows(modules[path], path, ids, whole=path in found.heads)
     if any(target.info.kind == "conv1d" for target in found.targets):
         config = config.replace(fan_in_fan_out=True)
     if config.base_model is None:

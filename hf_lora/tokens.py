@@ -172,14 +172,18 @@ def token_problems(path: str, module: nn.Module | None, rows: Tensor, ids: Seque
     return problems
 
 
-def initial_rows(module: nn.Module, path: str, ids: Sequence[int]) -> dict[str, Tensor]:
-    """A new adapter's rows: the base's own."""
-    weight = materialised(module, "weight")
-    problems = token_problems(path, module, weight.new_empty(len(ids), weight.shape[1], device="meta"), ids)
+def initial_rows(module: nn.Module, path: str, ids: Sequence[int], *, whole: bool = False) -> dict[str, Tensor]:
+    """A new adapter's rows: the base's own. `whole`: whether the module is to train whole, too, which is refused."""
+    own = getattr(module, "weight", None)
+    width = own.shape[-1] if isinstance(own, Tensor) else 0
+    problems = token_problems(path, module, torch.empty(len(ids), width, device="meta"), ids)
+    if whole:
+        problems = [f"{path}: it trains whole (modules_to_save)"]
     if problems:
         raise LoRAUnsupportedError(
             f"{problems[0]}.", name=NAME, value=list(ids), facts=problems, remedy="Name other tokens, or none."
         )
+    weight = materialised(module, "weight")
     return {ROWS: weight[torch.tensor(ids, device=weight.device)].detach().clone()}
 
 
@@ -246,7 +250,13 @@ def problems_of(
         if module is None:
             continue
         first = module is _input_embedding(model)  # PEFT ties what names the input embedding, and nothing else
-        shared[path] = tuple(other for other in sharing(model, path) if first and other not in value.modules)
+        beside = [other for other in sharing(model, path) if first]
+        shared[path] = tuple(other for other in beside if other not in value.modules)
+        problems += [
+            f"{other}: it shares the weight of {path}, whose rows train, and trains whole"
+            for other in beside
+            if other in value.modules and ROWS not in value.modules[other]
+        ]
         for other in shared[path]:
             problems += token_problems(other, modules[other], tensors[ROWS], ids)
             if other in value.factors:

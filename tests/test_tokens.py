@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loras import logits
-from oracles import disturb
+from oracles import build, disturb, logits
+from oracles import inputs as make_inputs
 from torch import nn
 
 import hf_lora
@@ -31,9 +31,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
 
 
-def batch_of(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+def batch_of(model: Any) -> dict[str, torch.Tensor]:
     """A batch in which the tokens stand, in some rows more than once."""
-    inputs: dict[str, torch.Tensor] = batch(model)
+    inputs: dict[str, torch.Tensor] = make_inputs(model)
     inputs["input_ids"][0, :4] = torch.tensor([5, 60, 5, 7])
     inputs["input_ids"][1, 2] = 7
     return inputs
@@ -65,19 +65,17 @@ NAMES = {"gpt2": "c_attn", "t5": "q"}
 
 
 @pytest.mark.parametrize("family", [family for family, _ in FAMILIES])
-def test_a_file_of_peft_computes_the_same_and_goes_back(
-    tiny: Any, batch: Any, peft: Any, tmp_path: Any, family: str
-) -> None:
-    made = theirs(peft, tiny(family, dtype=WIDE), [NAMES.get(family, "q_proj")], IDS)
-    model = tiny(family, dtype=WIDE)
-    inputs, before = batch_of(model, batch), bits(model)
+def test_a_file_of_peft_computes_the_same_and_goes_back(peft: Any, tmp_path: Any, family: str) -> None:
+    made = theirs(peft, build(family, dtype=WIDE), [NAMES.get(family, "q_proj")], IDS)
+    model = build(family, dtype=WIDE)
+    inputs, before = batch_of(model), bits(model)
     expected = logits(made, inputs)
     assert (logits(model, inputs) - expected).abs().max() > 1e-2
     made.save_pretrained(tmp_path / "theirs")
     model.load_lora(tmp_path / "theirs", name="a")
     assert (logits(model, inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
     model.save_lora(tmp_path / "ours", "a")
-    back = peft.PeftModel.from_pretrained(tiny(family, dtype=WIDE), tmp_path / "ours").eval()
+    back = peft.PeftModel.from_pretrained(build(family, dtype=WIDE), tmp_path / "ours").eval()
     assert torch.equal(logits(back, inputs), expected)
     model.remove_lora()
     assert same(bits(model), before)
@@ -94,36 +92,34 @@ def test_a_file_of_peft_computes_the_same_and_goes_back(
     ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_modules_that_are_named(
-    tiny: Any, batch: Any, peft: Any, tmp_path: Any, family: str, indices: dict[str, list[int]]
-) -> None:
-    made, inputs = theirs(peft, tiny(family, dtype=WIDE), ["q_proj"], indices), batch_of(tiny(family), batch)
+def test_modules_that_are_named(peft: Any, tmp_path: Any, family: str, indices: dict[str, list[int]]) -> None:
+    made, inputs = theirs(peft, build(family, dtype=WIDE), ["q_proj"], indices), batch_of(build(family))
     expected = logits(made, inputs)
     made.save_pretrained(tmp_path)
-    model = tiny(family, dtype=WIDE)
+    model = build(family, dtype=WIDE)
     model.load_lora(tmp_path, name="a")
     assert (logits(model, inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
-    fresh = tiny(family, dtype=WIDE)
+    fresh = build(family, dtype=WIDE)
     fresh.add_lora(LoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices))
     keys = {key for key in fresh.lora_state_dict() if ROWS in key}
     assert keys == {key for key in model.lora_state_dict("a") if ROWS in key}
 
 
-def test_an_adapter_of_ours_computes_the_same_in_peft(tiny: Any, batch: Any, peft: Any, tmp_path: Any) -> None:
-    model = trained(tiny("llama-tied", dtype=WIDE))
-    inputs = batch_of(model, batch)
+def test_an_adapter_of_ours_computes_the_same_in_peft(peft: Any, tmp_path: Any) -> None:
+    model = trained(build("llama-tied", dtype=WIDE))
+    inputs = batch_of(model)
     model.save_lora(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["trainable_token_indices"] == IDS
     assert written["modules_to_save"] is None
-    back = peft.PeftModel.from_pretrained(tiny("llama-tied", dtype=WIDE), tmp_path).eval()
+    back = peft.PeftModel.from_pretrained(build("llama-tied", dtype=WIDE), tmp_path).eval()
     expected = logits(back, inputs)
     assert (logits(model, inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
-def test_training_takes_the_steps_that_peft_takes(tiny: Any, batch: Any, peft: Any) -> None:
-    model, made = tiny("llama-tied", dtype=WIDE), tiny("llama-tied", dtype=WIDE)
-    inputs = batch_of(model, batch)
+def test_training_takes_the_steps_that_peft_takes(peft: Any) -> None:
+    model, made = build("llama-tied", dtype=WIDE), build("llama-tied", dtype=WIDE)
+    inputs = batch_of(model)
     indices = [0, 5, 7]  # 0 is padding, whose row gets no gradient in the embedding, and does in the head
     model.add_lora(LoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices))
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], trainable_token_indices=indices)
@@ -157,19 +153,19 @@ def with_rows(model: Any, adapter: Any, paths: list[str]) -> Any:
     return model
 
 
-def test_rows_stand_for_rows_of_the_weight_and_nothing_is_a_difference(tiny: Any, batch: Any) -> None:
-    model = trained(tiny("llama-tied", dtype=WIDE))
-    inputs = batch_of(model, batch)
-    plain = with_rows(tiny("llama-tied", dtype=WIDE), model.lora_adapter(), ["model.embed_tokens"])
+def test_rows_stand_for_rows_of_the_weight_and_nothing_is_a_difference() -> None:
+    model = trained(build("llama-tied", dtype=WIDE))
+    inputs = batch_of(model)
+    plain = with_rows(build("llama-tied", dtype=WIDE), model.lora_adapter(), ["model.embed_tokens"])
     expected = logits(plain, inputs)
     assert (logits(model, inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
     rows = model.lora_adapter().modules["model.embed_tokens"][ROWS]
     assert torch.equal(model.get_input_embeddings()(torch.tensor(IDS)), rows)
 
 
-def test_a_new_adapter_changes_nothing_and_rows_that_are_tied_are_one_parameter(tiny: Any, batch: Any) -> None:
-    model = tiny("llama-tied")
-    inputs = batch_of(model, batch)
+def test_a_new_adapter_changes_nothing_and_rows_that_are_tied_are_one_parameter() -> None:
+    model = build("llama-tied")
+    inputs = batch_of(model)
     expected = logits(model, inputs)
     model.add_lora(LoRAConfig(r=4, target_modules=["q"], trainable_token_indices=IDS))
     # the head's rows are multiplied apart, so that their last bit may be another
@@ -189,10 +185,10 @@ def test_a_new_adapter_changes_nothing_and_rows_that_are_tied_are_one_parameter(
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
-def test_routes_switches_and_rows_without(tiny: Any, batch: Any, family: str) -> None:
-    model = trained(trained(tiny(family)), "b", seed=2, target="v", trainable_token_indices=[7, 9])
+def test_routes_switches_and_rows_without(family: str) -> None:
+    model = trained(trained(build(family)), "b", seed=2, target="v", trainable_token_indices=[7, 9])
     model.add_lora(LoRAConfig(r=2, target_modules=["k"]), "plain", trainable=False)
-    inputs = batch_of(model, batch)
+    inputs = batch_of(model)
     inputs["input_ids"][:, -1] = torch.tensor([7, 9, 60])
     each = {}
     for name in ("a", "b", "plain", None):
@@ -211,9 +207,9 @@ def test_routes_switches_and_rows_without(tiny: Any, batch: Any, family: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
-def test_a_merge_copies_rows_and_is_undone_bit_for_bit(tiny: Any, batch: Any, family: str, dtype: torch.dtype) -> None:
-    model = trained(trained(tiny(family, dtype=dtype)), "b", seed=2, trainable_token_indices=[7, 9])
-    inputs, before = batch_of(model, batch), bits(model)
+def test_a_merge_copies_rows_and_is_undone_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    model = trained(trained(build(family, dtype=dtype)), "b", seed=2, trainable_token_indices=[7, 9])
+    inputs, before = batch_of(model), bits(model)
     expected = logits(model, inputs)  # of b, which was added last
     model.merge_lora("a")
     model.merge_lora("b", replace=True)
@@ -230,9 +226,9 @@ def test_a_merge_copies_rows_and_is_undone_bit_for_bit(tiny: Any, batch: Any, fa
     assert same(bits(model), before)
 
 
-def test_rows_of_a_tied_head_alone_are_merged_apart(tiny: Any, batch: Any) -> None:
-    model = trained(tiny("llama-tied"), trainable_token_indices={"lm_head": [6]})
-    inputs, before = batch_of(model, batch), bits(model)
+def test_rows_of_a_tied_head_alone_are_merged_apart() -> None:
+    model = trained(build("llama-tied"), trainable_token_indices={"lm_head": [6]})
+    inputs, before = batch_of(model), bits(model)
     expected = logits(model, inputs)
     with pytest.raises(LoRAError, match="tied"):
         model.merge_lora()
@@ -243,9 +239,9 @@ def test_rows_of_a_tied_head_alone_are_merged_apart(tiny: Any, batch: Any) -> No
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_untie_leaves_together_what_changes_together(tiny: Any, batch: Any) -> None:
-    model = trained(tiny("llama-tied"))
-    inputs = batch_of(model, batch)
+def test_untie_leaves_together_what_changes_together() -> None:
+    model = trained(build("llama-tied"))
+    inputs = batch_of(model)
     expected = logits(model, inputs)
     model.merge_lora(untie=True)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -253,9 +249,9 @@ def test_untie_leaves_together_what_changes_together(tiny: Any, batch: Any) -> N
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_compiled(tiny: Any, batch: Any, family: str) -> None:
-    model = trained(trained(tiny(family)), "b", seed=2, trainable_token_indices=[7, 9])
-    inputs = batch_of(model, batch)
+def test_compiled(family: str) -> None:
+    model = trained(trained(build(family)), "b", seed=2, trainable_token_indices=[7, 9])
+    inputs = batch_of(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for names in (["a", "b", None], ["b", "b", "a"]):
         with model.route_lora(names):
@@ -269,11 +265,12 @@ def test_compiled(tiny: Any, batch: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(tiny: Any, batch: Any, reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     found = []
     for checkpointed in (False, True):
-        model = tiny("llama-tied")
-        inputs = batch_of(model, batch)
+        model = build("llama-tied")
+        inputs = batch_of(model)
+        torch.manual_seed(0)
         model.add_lora(LoRAConfig(r=4, target_modules=["q"], trainable_token_indices=IDS))
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -284,11 +281,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny: Any, batch: Any, 
     assert found[0]["model.embed_tokens.lora_heads.copies.0." + ROWS].abs().max() > 0
 
 
-def test_masters_are_wide_and_the_base_stays_narrow(tiny: Any, batch: Any) -> None:
-    model = tiny("llama-tied", dtype=torch.bfloat16)
+def test_masters_are_wide_and_the_base_stays_narrow() -> None:
+    model = build("llama-tied", dtype=torch.bfloat16)
     model.add_lora(LoRAConfig(r=4, target_modules=["q"], trainable_token_indices=IDS))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert logits(model, batch_of(model, batch)).dtype == torch.bfloat16
+    assert logits(model, batch_of(model)).dtype == torch.bfloat16
     model.train_lora([])
     assert rows_of(model.get_input_embeddings(), 1).rows.dtype == torch.bfloat16  # type: ignore[union-attr]
     assert model.lora_state_dict()[f"base_model.model.model.embed_tokens.{ROWS}"].dtype == torch.float32  # as it came
@@ -298,17 +295,17 @@ def test_masters_are_wide_and_the_base_stays_narrow(tiny: Any, batch: Any) -> No
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_tokens_that_are_added_first(tiny: Any, batch: Any, peft: Any, tmp_path: Any, family: str) -> None:
+def test_tokens_that_are_added_first(peft: Any, tmp_path: Any, family: str) -> None:
     new = [64, 65]
-    model = tiny(family, dtype=WIDE)
+    model = build(family, dtype=WIDE)
     model.resize_token_embeddings(66)
     trained(model, trainable_token_indices=new)
-    inputs = batch(model)
+    inputs = make_inputs(model)
     inputs["input_ids"][:, 1] = torch.tensor([64, 65, 3])
     expected = logits(model, inputs)
     model.save_lora(tmp_path)
     torch.manual_seed(7)  # the new rows of another base begin otherwise: what the adapter stores are rows
-    other = tiny(family, dtype=WIDE)
+    other = build(family, dtype=WIDE)
     with pytest.raises(LoRAMismatchError, match="resize_token_embeddings"):
         other.load_lora(tmp_path, name="a")
     other.resize_token_embeddings(66, mean_resizing=False)
@@ -321,9 +318,9 @@ def test_tokens_that_are_added_first(tiny: Any, batch: Any, peft: Any, tmp_path:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_tokens_that_are_added_while_the_adapter_is_there(tiny: Any, batch: Any, family: str) -> None:
-    model = trained(tiny(family))
-    inputs = batch_of(model, batch)
+def test_tokens_that_are_added_while_the_adapter_is_there(family: str) -> None:
+    model = trained(build(family))
+    inputs = batch_of(model)
     expected, value = logits(model, inputs), model.lora_adapter()
     model.resize_token_embeddings(70)
     found = logits(model, inputs)
@@ -337,12 +334,12 @@ def test_tokens_that_are_added_while_the_adapter_is_there(tiny: Any, batch: Any,
     assert len(model.get_input_embeddings().weight) == 64
 
 
-def test_the_copy_of_a_resized_embedding_that_peft_writes(tiny: Any, batch: Any, peft: Any, tmp_path: Any) -> None:
-    base = tiny("llama")
+def test_the_copy_of_a_resized_embedding_that_peft_writes(peft: Any, tmp_path: Any) -> None:
+    base = build("llama")
     base.resize_token_embeddings(66)
     made = theirs(peft, copy.deepcopy(base), ["q_proj"], [64, 65])
     made.save_pretrained(tmp_path, save_embedding_layers=True)
-    inputs = batch(base)
+    inputs = make_inputs(base)
     inputs["input_ids"][:, 1] = 65
     expected = logits(made, inputs)
     base.get_input_embeddings().weight.data[64:] = 3.0  # rows that the adapter brings do not matter
@@ -379,17 +376,17 @@ def test_what_is_no_list_of_tokens() -> None:
     ],
     ids=str,
 )
-def test_what_does_not_go_together(tiny: Any, family: str, fields: dict[str, Any]) -> None:
-    model = tiny(family)
+def test_what_does_not_go_together(family: str, fields: dict[str, Any]) -> None:
+    model = build(family)
     before = bits(model)
-    with pytest.raises((LoRAError, LoRATargetError), match="token|rows|whole"):
+    with pytest.raises((LoRAError, LoRATargetError), match=r"token|rows|whole"):
         model.add_lora(LoRAConfig(**{"r": 2, "target_modules": ["q"], "trainable_token_indices": [5], **fields}))
     assert same(bits(model), before)
     assert not hasattr(model, "_lora_state")
 
 
-def test_another_adapter_s_factors_are_in_the_way(tiny: Any) -> None:
-    model = tiny("llama-tied")
+def test_another_adapter_s_factors_are_in_the_way() -> None:
+    model = build("llama-tied")
     model.add_lora(LoRAConfig(r=2, target_modules=["lm_head"]), "head")
     with pytest.raises(LoRAMismatchError, match="another adapter has LoRA factors"):
         model.add_lora(LoRAConfig(r=2, target_modules=["q"], trainable_token_indices=[5]), "rows")
@@ -399,10 +396,12 @@ def test_another_adapter_s_factors_are_in_the_way(tiny: Any) -> None:
         model.add_lora(LoRAConfig(r=2, target_modules=["lm_head"]), "head")
 
 
-def test_the_value(tiny: Any, tmp_path: Any) -> None:
-    adapter = trained(tiny("llama")).lora_adapter()
+def test_the_value(tmp_path: Any) -> None:
+    adapter = trained(build("llama")).lora_adapter()
     adapter.save(tmp_path)
-    assert hf_lora.LoRAAdapter.load(tmp_path).equal(adapter)
+    again = hf_lora.LoRAAdapter.load(tmp_path)
+    assert again.config.trainable_token_indices == tuple(IDS)
+    assert torch.equal(again.modules["model.embed_tokens"][ROWS], adapter.modules["model.embed_tokens"][ROWS])
     assert adapter.num_parameters == 3 * 32 + 2 * 4 * (32 + 32)
     with pytest.raises(LoRAError, match="embed_tokens"):
         hf_lora.combine([adapter, adapter], [0.5, 0.5])
