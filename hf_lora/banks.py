@@ -98,6 +98,9 @@ class LoRABanks(nn.Module):
     in_features: int
     out_features: int
     fresh: bool  # whether the base's forward is known to give a tensor that nobody else holds
+    kept: bool  # whether it stays while it holds no adapter: room for those to come
+    learning: tuple[int, ...]  # the slots of trainable adapters
+    standing: tuple[tuple[int, str], ...]  # the slots of frozen ones with a buffer that stands for the weight, and it
     slots: dict[int, Slot]
     masters: dict[int, tuple[Tensor, Tensor]]  # what `read` gives of adapters whose bank was cast to a smaller dtype
     bank_A: Tensor
@@ -126,7 +129,8 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False)
+        vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False, kept=False)
+        vars(self).update(learning=(), standing=())
         vars(self).update(_squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
@@ -216,8 +220,15 @@ class LoRABanks(nn.Module):
 
     def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
-        self.gained = self.gained or slot.gain or bool(slot.rounded)
-        self.invoked = self.invoked or slot.invoked
+        self._look()
+
+    def _look(self) -> None:
+        """See what the adapters here are. A graph reads this, and not the slots: a new frozen pair leaves it valid."""
+        held = self.slots.items()
+        self.gained = any(slot.gain or slot.rounded for _, slot in held)
+        self.invoked = any(slot.invoked for _, slot in held)
+        self.learning = tuple(index for index, slot in held if slot.trainable)
+        self.standing = tuple((index, s.rounded) for index, s in held if s.rounded and not s.trainable)
 
     def hold_rounded(self, index: int, key: str, make: Callable[[], Tensor]) -> None:
         """Let another weight stand for the layer's under an adapter; those of one key share it.
@@ -263,8 +274,7 @@ class LoRABanks(nn.Module):
                 self.bank_bias[index].zero_()
             if slot.gain:
                 self.bank_gain[index].zero_()
-        self.gained = any(held.gain or held.rounded for held in self.slots.values())
-        self.invoked = any(held.invoked for held in self.slots.values())
+        self._look()
         if slot.rounded and all(held.rounded != slot.rounded for held in self.slots.values()):
             self._buffers.pop(slot.rounded, None)
             self._non_persistent_buffers_set.discard(slot.rounded)

@@ -15,7 +15,7 @@ from .batches import row_maps
 from .errors import LoRAMismatchError
 from .extras import EXTRAS
 from .layerinfo import is_held, modules_of
-from .layers import BIAS_ADDED, LoRAHead, Swapped
+from .layers import BIAS_ADDED, LoRAHead, LoRALinear
 from .quantised import rounding_problem
 from .rounding import rounding_of
 from .sharding import whole
@@ -253,7 +253,9 @@ def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Ten
     """Why `tensors` is not the state dict of a module that an adapter may train whole; empty if it is."""
     if module is None:
         return [f"{path}: the model has no such module (a head of another class of model?)"]
-    if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
+    if isinstance(module, LoRALinear):
+        if not module.lora_slots.slots:
+            return [f"{path}: room for factors is reserved there (reserve_lora), so it cannot train whole"]
         return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
     if ROWS in tensors:
         return []  # see `tokens.token_problems`

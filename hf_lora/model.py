@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .activation import hook_activation, refuse_activation
 from .attachment import Resident, attach, detach, require, state_of
+from .batches import row_maps
 from .config import LoRAConfig
-from .errors import LoRAMismatchError, LoRANameError
+from .errors import LoRAMismatchError, LoRANameError, LoRAStateError
 from .extras import EXTRAS
 from .fitting import Plan, make_plan, unpooled
 from .guards import refuse_managed, require_putable
@@ -27,7 +28,7 @@ from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
 from .reading import read, refill_parameters, refill_problems
 from .replication import replicated
-from .reservation import RESERVED, reserve
+from .reservation import note, release, reserved
 from .rounding import rounding_of
 from .sharding import refuse_sharded, reshard
 from .slots import LoRASlots, Slot, block_index
@@ -185,9 +186,11 @@ def _put(
         entry.record = resident
         try:
             held = _write(model, state, entry, value, plan)
+            _furnish(model, state)
         except BaseException:
             _erase(model, entry)
             if fresh:
+                release(model)
                 detach(model, state)
             raise
         resident.value = None if held else value
@@ -198,6 +201,46 @@ def _put(
         state.entries = {**state.entries, name: entry}
         if active or (active is None and not state.default.mixture):
             state.default = Active(((entry, 1.0),))
+
+
+def reserve(
+    model: nn.Module, slots: int | None, rank: int | None = None, targets: str | Sequence[str] | None = None
+) -> None:
+    """Make room for adapters to come, so that putting them moves none that are there (and compiles nothing anew).
+
+    Args:
+        slots: how many adapters, those on the model included, in layers that get their first one later, too. None:
+            forget it; what was made stays.
+        rank: the largest of theirs.
+        targets: layers that are to have room before their first adapter, as `target_modules`.
+
+    Raises:
+        LoRAStateError: `slots` or `rank` is no positive number. LoRATargetError: `targets` matches nothing.
+    """
+    state = state_of(model)
+    if targets is not None and state is not None:
+        state.require_unmerged("reserve_lora")
+        if state.overridden:
+            raise LoRAStateError(
+                "Room for an adapter cannot be made inside use_lora() or route_lora().",
+                remedy="Make it before the with block.",
+            )
+    note(model, slots, rank, targets)
+    if state is not None:
+        with state.lock, torch.inference_mode(False):
+            _furnish(model, state)
+
+
+def _furnish(model: nn.Module, state: LoRAState) -> None:
+    """Let the layers that room is reserved in have it, whether they hold an adapter or not."""
+    room, modules = reserved(model), modules_of(model)
+    if room is None:
+        return
+    free = [path for path in room.paths if not isinstance(modules.get(path), LoRALinear) and path in modules]
+    plan = Plan(modules, {}, row_maps(model, free, modules) if free else {}, {})
+    for path in room.paths:
+        if path in modules and not isinstance(modules[path], LoRAHead):
+            _slots(model, state, modules[path], path, plan).kept = True
 
 
 def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
@@ -381,8 +424,9 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     dtype = compute_dtype(module, model)
     slots = LoRASlots(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
     slots.training, slots.fresh = module.training, type(module).forward is nn.Linear.forward
-    if kind != "bias" and RESERVED in vars(model):
-        slots.reserve(*vars(model)[RESERVED])
+    room = reserved(model)
+    if kind != "bias" and room is not None:
+        slots.reserve(room.slots, room.rank)
     slots.base = type(module)
     module.lora_slots = slots  # before the class that needs it: other threads may be in this layer's forward
     try:
@@ -482,6 +526,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
             _forget(model, state, entry)
             state.entries = {n: e for n, e in state.entries.items() if e is not entry}
         if not state.entries:
+            release(model)
             detach(model, state)
 
 
@@ -499,7 +544,7 @@ def _erase(model: nn.Module, entry: Entry) -> None:
     for module in modules_of(model).values():
         if isinstance(module, LoRALinear):
             module.lora_slots.remove(entry.slot)
-            if not module.lora_slots.slots:
+            if not module.lora_slots.slots and not module.lora_slots.kept:
                 restore(module)  # the class first: see LoRALinear.forward
                 del module.lora_slots
         elif isinstance(module, LoRAHead):

@@ -1,33 +1,48 @@
-"""Room for adapters to come."""
+"""Room for adapters to come: putting them then moves no bank and changes no class; a compiled graph stays valid."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .attachment import state_of
+from .config import LoRAConfig
 from .errors import LoRAStateError
 from .layerinfo import modules_of
+from .layers import LoRALinear, restore
 from .slots import LoRASlots
+from .targeting import resolve
 
-__all__ = ["RESERVED", "reserve"]
+__all__ = ["Room", "note", "release", "reserved"]
 
-RESERVED = "_lora_reserved"  # slots and rank of banks to be made
+_RESERVED = "_lora_reserved"
 
 
-def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> None:
-    """Make room for adapters to come, so that putting them moves none that are there (and compiles nothing anew).
+@dataclass(frozen=True)
+class Room:
+    """What is reserved: slots and rank of the banks, and the layers that have them without an adapter, too."""
 
-    Args:
-        slots: how many adapters, those on the model included, in layers that get their first one later, too. None:
-            forget it; what was made stays.
-        rank: the largest of theirs.
+    slots: int
+    rank: int
+    paths: tuple[str, ...] = ()
 
-    Raises:
-        LoRAStateError: `slots` or `rank` is no positive number.
-    """
+
+def reserved(model: nn.Module) -> Room | None:
+    """What is reserved on the model."""
+    room: Room | None = vars(model).get(_RESERVED)
+    return room
+
+
+def note(
+    model: nn.Module, slots: int | None, rank: int | None = None, targets: str | Sequence[str] | None = None
+) -> None:
+    """Write down what is reserved, and let the banks that are there hold it; see `model.reserve`."""
     if slots is None or rank is None:
-        vars(model).pop(RESERVED, None)
+        vars(model).pop(_RESERVED, None)
+        release(model)
         return
     for name, value in (("slots", slots), ("rank", rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -37,7 +52,11 @@ def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> Non
                 value=value,
                 remedy="Give a positive whole number.",
             )
-    vars(model)[RESERVED] = (slots, rank)
+    paths: tuple[str, ...] = ()
+    if targets is not None:
+        found = resolve(model, LoRAConfig(r=1, target_modules=targets))
+        paths = tuple(target.path for target in found.targets)
+    vars(model)[_RESERVED] = Room(slots, rank, paths)
     state = state_of(model)
     if state is None:
         return
@@ -46,3 +65,13 @@ def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> Non
             held = module._modules.get("lora_slots")
             if isinstance(held, LoRASlots) and any(slot.rank for slot in held.slots.values()):
                 held.reserve(slots, rank)
+
+
+def release(model: nn.Module) -> None:
+    """Give layers that hold no adapter their classes back."""
+    for module in modules_of(model).values():
+        if isinstance(module, LoRALinear) and module.lora_slots.kept:
+            module.lora_slots.kept = False
+            if not module.lora_slots.slots:
+                restore(module)  # the class first: see LoRALinear.forward
+                del module.lora_slots

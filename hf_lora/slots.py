@@ -250,7 +250,7 @@ class LoRASlots(LoRABanks):
         return F.linear(narrow(x, A), B)
 
     def _trainable(self) -> Iterator[tuple[int, Slot]]:
-        return ((index, slot) for index, slot in self.slots.items() if slot.trainable)
+        return ((index, self.slots[index]) for index in self.learning)
 
     # ---- from an invocation on ---------------------------------------------------------------------------------------
 
@@ -429,8 +429,6 @@ class LoRASlots(LoRABanks):
 
     def _add_compiled(self, x: Tensor, output: Tensor, base: nn.Module) -> Tensor:
         """The one graph that serves every switch, weight and route: what is active arrives as tensors."""
-        if not self.slots:
-            return output
         traced = self.state.traced
         row_map = "batch" if self.row_map == "flat" and x.dim() != 2 else self.row_map
         row_map = "inner" if self.kind == "embedding" and x.dim() == 1 else "flat" if row_map == "windows" else row_map
@@ -445,9 +443,9 @@ class LoRASlots(LoRABanks):
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
             output = self._add_one(x, output, base, index, slot, weight.to(output.dtype), origin)
-        held = [(index, slot.rounded) for index, slot in self.slots.items() if slot.rounded and not slot.trainable]
-        for name in dict.fromkeys(name for _, name in held):
-            chosen = torch.stack([weights * (slots == index) for index, own in held if own == name]).sum((0, 2))
+        for name in dict.fromkeys(name for _, name in self.standing):
+            chosen = torch.stack([weights * (slots == index) for index, own in self.standing if own == name])
+            chosen = chosen.sum((0, 2))
             output = self._rounded(x, output, base, name, chosen.view(-1, *ones).to(output.dtype), origin)
         if self.bank_gain.shape[0]:
             gain = _bias_rows(_chosen(self.bank_gain, slots, weights), output, base)

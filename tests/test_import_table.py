@@ -85,9 +85,9 @@ TABLE: dict[str, str] = {
     "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens values weights",  # noqa: E501
     "attachment": "activation config errors facts layerinfo replication routing rowmaps state values",
     "guards": "errors layers sharding slots state",
-    "reservation": "attachment errors layerinfo slots",
+    "reservation": "attachment config errors layerinfo layers slots targeting",
     "reading": "attachment errors fitting layerinfo layers sharding slots values",
-    "model": "activation attachment config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting tokenfields tokens values variants weights",  # noqa: E501
+    "model": "activation attachment batches config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting tokenfields tokens values variants weights",  # noqa: E501
     "switching": "errors model state",
     "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties tokenfields tokens values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
