@@ -98,6 +98,7 @@ class LoRABanks(nn.Module):
     in_features: int
     out_features: int
     fresh: bool  # whether the base's forward is known to give a tensor that nobody else holds
+    leaders: dict[int, LoRABanks]  # of trainable adapters whose pair is that of a tied embedding: its banks
     kept: bool  # whether it stays while it holds no adapter: room for those to come
     learning: tuple[int, ...]  # the slots of trainable adapters
     standing: tuple[tuple[int, str], ...]  # the slots of frozen ones with a buffer that stands for the weight, and it
@@ -130,7 +131,7 @@ class LoRABanks(nn.Module):
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
         vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False, kept=False)
-        vars(self).update(learning=(), standing=())
+        vars(self).update(learning=(), standing=(), leaders={})
         vars(self).update(_squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
@@ -218,6 +219,12 @@ class LoRABanks(nn.Module):
                 bank[index].copy_(vector - 1 if name == "bank_gain" else vector)
         self._hold(index, slot)
 
+    def follow(self, index: int, leader: LoRABanks) -> None:
+        """Let a trainable adapter's pair be the one that a tied embedding has, turned: no Parameters of its own."""
+        self.leaders[index] = leader
+        for name in (f"A{index}", f"B{index}"):
+            del self._parameters[name]
+
     def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
         self._look()
@@ -260,6 +267,7 @@ class LoRABanks(nn.Module):
         """Forget an adapter; nobody reads its place in the banks until another is written there."""
         slot = self.slots.pop(index, None)
         self.masters.pop(index, None)
+        self.leaders.pop(index, None)
         if slot is None:
             return
         for name in ("A", "B", "start_A", "start_B", "bias", *slot.extras):
@@ -317,6 +325,10 @@ class LoRABanks(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. Arguments: as of `dense`."""
         slot = self.slots[index]
+        if index in self.leaders:
+            leader = self.leaders[index]
+            B, A = (getattr(leader, key) for key in (f"A{index}", f"B{index}"))
+            return (B, A) if leader.kind == self.kind else (A.T, B.T)
         A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
         if not slot.anchored:
             return (A, B) if slot.form is None else slot.form.plain(A, B)

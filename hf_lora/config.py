@@ -91,6 +91,7 @@ _OWN = {
     "alpha_pattern": "alpha_pattern",
     "modules_to_save": "modules_to_save",
     "trainable_token_indices": "trainable_token_indices",
+    "ensure_weight_tying": "ensure_weight_tying",
     "init_lora_weights": "init",
     "task_type": "task_type",
     "base_model_name_or_path": "base_model",
@@ -214,6 +215,7 @@ class LoRAConfig:
         modules_to_save: modules (heads) that are trained and saved whole.
         trainable_token_indices: token ids whose rows of the input embedding train, and of what is tied to it; or a
             mapping from modules' names to token ids.
+        ensure_weight_tying: what changes of the input embedding changes in what shares its weight, too.
         init: A of a new adapter is "kaiming" (uniform) or "gaussian" and B zero; "off": both random, for debugging.
             Others: "orthogonal"; from the weights "pissa", "pissa_niter_N" (faster), "olora", "mica", and "loftq", for
             a base that is quantised, or will be; from data "eva", "lora_ga", "corda".
@@ -258,6 +260,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
     init: str = "kaiming"
     init_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     task_type: str | None = None
@@ -271,7 +274,15 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "freeze_a", "fan_in_fan_out"):
+        for name in (
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "use_qalora",
+            "freeze_a",
+            "ensure_weight_tying",
+            "fan_in_fan_out",
+        ):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
         initnames.check(self.init)

@@ -23,6 +23,7 @@ from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve
 from .tokenfields import ROWS, ids_of
 from .tokens import problems_of
+from .tying import tie_problems
 from .values import AdapterValue
 from .weights import compute_dtype, is_dense, materialised
 
@@ -39,6 +40,7 @@ class Plan:
     infos: dict[str, LayerInfo]  # of layers that hold no adapter yet
     row_maps: dict[str, str]  # of the same layers, as `batches.row_maps`
     shared: Mapping[str, tuple[str, ...]]  # of modules whose rows train: those that share the weight
+    together: tuple[str, ...] = ()  # modules that train as one, the input embedding first (ensure_weight_tying)
 
 
 def make_plan(
@@ -104,7 +106,8 @@ def make_plan(
         elif not adds_bias(owner):
             problems.append(f"{path}: the bias of a {type(owner).__name__} cannot be adapted")
     shared, unfit = problems_of(model, modules, value)
-    problems += unfit
+    together, differing = tie_problems(model, value)
+    problems += unfit + differing
     for path, tensors in value.modules.items():
         problems += head_problems(path, modules.get(path), tensors)
         for other in shared.get(path, ()):
@@ -129,7 +132,7 @@ def make_plan(
         )
     fresh = [*infos, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
     fresh += [other for others in shared.values() for other in others]
-    return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {}, shared)
+    return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {}, shared, together)
 
 
 def unpooled(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterValue:

@@ -22,6 +22,7 @@ from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
 from .tokens import initial_rows, token_paths
+from .tying import group_of, tied_pairs
 from .values import AdapterValue, Block, Factors, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
@@ -90,6 +91,7 @@ def initial_value(
             form=form,
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
+    tied_pairs(config, factors, group_of(model) if config.ensure_weight_tying else ())
     if init.anchored:
         config = _doubled(config)
     if quantised and config.init == "loftq":  # the base holds what the pair was made for: a plain LoRA

@@ -30,6 +30,7 @@ from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
 from .tokenfields import ROWS
 from .tokens import RowsOf, rows_name, rows_of, shared_rows
+from .tying import led
 from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
 from .weights import mergeable
@@ -112,7 +113,7 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
     """
     for entry in active.entries:
         refuse_invoked(entry.record.config)
-    for path in _layers(active):
+    for path in _layers(model, active):
         mergeable(model.get_submodule(path), path)
     for path in _offsets(active):
         if getattr(model.get_submodule(path), "bias", None) is None:
@@ -168,8 +169,14 @@ def _held(state: LoRAState, verb: str, new: Merged) -> Iterator[None]:
 # ---- what a merge puts where -----------------------------------------------------------------------------------------
 
 
-def _layers(active: Active) -> list[str]:
-    return list(dict.fromkeys(path for entry in active.entries for path in entry.record.layers))
+def _layers(model: nn.Module, active: Active) -> list[str]:
+    """The paths of layers whose weight a merge changes; of those that share one and its change, the first."""
+    others = {path for paths in _led(model, active).values() for path in paths}
+    return list(dict.fromkeys(p for entry in active.entries for p in entry.record.layers if p not in others))
+
+
+def _led(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
+    return led(model, [entry.record for entry in active.entries])
 
 
 def _offsets(active: Active) -> list[str]:
@@ -187,12 +194,15 @@ def _touched(model: nn.Module, active: Active) -> list[str]:
         else:
             whole += [f"{head}.{key}" for key, _ in module.named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
-    return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(active)), *whole]))
+    return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(model, active)), *whole]))
 
 
 def _together(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
     """Weights of which rows change, and those that share them and are to change with them."""
     found = {f"{path}.weight": shared_rows(model, path, e.slot) for e in active.entries for path in e.record.heads}
+    for path, others in _led(model, active).items():
+        every = (path, *others)
+        found |= {f"{one}.weight": tuple(other for other in every if other != one) for one in every}
     return {name: tuple(f"{other}.weight" for other in others) for name, others in found.items() if others}
 
 
@@ -200,8 +210,10 @@ def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue
     """What makes ΔW of every layer that the mixture touches, scaled and weighted, from its W; float32 or wider."""
     parts: dict[str, list[tuple[Factors, float]]] = {}
     rounded: dict[str, list[tuple[Tensor, float]]] = {}
+    changed = {*_layers(model, active)}
     for entry, weight in active.mixture:
-        for path, factors in values[entry.name].factors.items():
+        for path in [path for path in values[entry.name].factors if path in changed]:
+            factors = values[entry.name].factors[path]
             parts.setdefault(path, []).append((factors, weight))
             slots: Any = model.get_submodule(path).lora_slots
             name = slots.slots[entry.slot].rounded

@@ -36,6 +36,7 @@ from .state import NOTHING, Active, Entry, LoRAState
 from .targeting import Resolution, describe_layer, resolve
 from .tokenfields import ROWS, ids_of
 from .tokens import TokenRows
+from .tying import tie, tied_config
 from .values import AdapterValue, Factors
 from .variants import STEPS, Base, Effect, effect_of
 from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
@@ -88,7 +89,7 @@ def _add(
     replace: bool,
     data: Iterable[Any] | None,
 ) -> Resolution:
-    found = resolve(model, config)
+    config, found = tied_config(model, config, resolve(model, config))
     require_data(config, data)
     refuse_embeddings(config, found.targets)
     refuse_activation(model, config, {t.path: t.info.kind for t in found.targets}, [config.bias, *found.heads])
@@ -322,6 +323,8 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
                 _put_head(state, plan.modules[other], other, plan, entry, own_rows.beside(plan.modules[other]))
         else:
             _put_head(state, module, path, plan, entry, _head_copy(module, tensors))
+    if entry.trainable:
+        tie(plan.modules, plan.together, entry.slot)
     return held or entry.trainable
 
 

@@ -15,6 +15,7 @@ from .layerinfo import modules_of
 from .layers import LoRAHead, LoRALinear
 from .sharding import assign, reshard, whole
 from .slots import LoRASlots, block_index
+from .tying import turned
 from .values import AdapterValue, Block, Factors
 
 __all__ = ["read", "refill_parameters", "refill_problems"]
@@ -42,8 +43,12 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         tensor = (whole(tensor) if tensors is None else tensors[path]).detach()
         return tensor if tensor.is_meta else tensor.to("cpu", copy=True)
 
+    led: dict[str, str] = {}
     for path in resident.layers:
         slots = _present(modules, path, LoRALinear).lora_slots
+        if (leader := slots.leaders.get(entry.slot)) is not None:
+            led[path] = next(p for p in resident.layers if modules[p]._modules.get("lora_slots") is leader)
+            continue
         slot = slots.slots[entry.slot]
         pair = (
             slots.dense(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
@@ -57,6 +62,10 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         rslora = resident.config.use_rslora
         A, B = pair
         factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, slot.anchored, slot.form)  # type: ignore[arg-type]
+    for path, first in led.items():
+        follower: LoRASlots = _present(modules, path, LoRALinear).lora_slots
+        factors[path] = turned(factors[first], "embedding" if follower.kind == "embedding" else "linear")
+    factors = {path: factors[path] for path in resident.layers}
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -112,6 +121,8 @@ def refill_parameters(modules: Mapping[str, Any], index: int, value: AdapterValu
     for path, factors in value.factors.items():
         slots: LoRASlots = modules[path].lora_slots
         slot, B = slots.slots[index], factors.B
+        if index in slots.leaders:
+            continue  # it is written where it is held
         if slot.blocks:
             rows, columns = block_index(slot.blocks, slot.rank)
             B = B[rows, columns]

@@ -80,16 +80,17 @@ TABLE: dict[str, str] = {
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
+    "tying": "config errors extras layerinfo targeting tokenfields tokens values",
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
-    "initial": "config errors extras fitting forms inits layerinfo targeting tokens values variants weights",
-    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens values weights",  # noqa: E501
+    "initial": "config errors extras fitting forms inits layerinfo targeting tokens tying values variants weights",
+    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens tying values weights",  # noqa: E501
     "attachment": "activation config errors facts layerinfo replication routing rowmaps state values",
     "guards": "errors layers sharding slots state",
     "reservation": "attachment config errors layerinfo layers slots targeting",
-    "reading": "attachment errors fitting layerinfo layers sharding slots values",
-    "model": "activation attachment batches config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting tokenfields tokens values variants weights",  # noqa: E501
+    "reading": "attachment errors fitting layerinfo layers sharding slots tying values",
+    "model": "activation attachment batches config errors extras fitting guards initial inits layerinfo layers reading replication reservation rounding sharding slots state targeting tokenfields tokens tying values variants weights",  # noqa: E501
     "switching": "errors model state",
-    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties tokenfields tokens values variants weights workers",  # noqa: E501
+    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties tokenfields tokens tying values variants weights workers",  # noqa: E501
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
     "monteclora": "errors layers model variants",

@@ -60,7 +60,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def install(registry: Registry, cls: Any) -> None:
     """Wrap the methods of `cls`, which is PreTrainedModel."""
     save, checkpointing, resize = cls.save_pretrained, cls._set_gradient_checkpointing, cls.resize_token_embeddings
-    push = cls.push_to_hub
+    push, tie_weights = cls.push_to_hub, cls.tie_weights
 
     signature = inspect.signature(save)
 
@@ -120,6 +120,19 @@ def install(registry: Registry, cls: Any) -> None:
             values[:] = [_resized(self, value, touched) for value in values]
         return embeddings
 
+    @functools.wraps(tie_weights)
+    def tying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if state is not None and state.merged is not None and state.merged.ties:
+            raise LoRAStateError(
+                f"tie_weights() would take away what a merge wrote into {', '.join(state.merged.ties)}, which has a "
+                "copy of its own while merged (untie=True).",
+                name="tie_weights",
+                value=tuple(state.merged.ties),
+                remedy="Call unmerge_lora() first, or merge_and_save().",
+            )
+        return tie_weights(self, *args, **kwargs)
+
     @functools.wraps(push)
     def push_to_hub(self: Any, repo_id: str, *args: Any, **options: Any) -> Any:
         state = state_of(self)
@@ -137,6 +150,7 @@ def install(registry: Registry, cls: Any) -> None:
 
     registry.set(cls, "save_pretrained", save_pretrained)
     registry.set(cls, "push_to_hub", push_to_hub)
+    registry.set(cls, "tie_weights", tying)
     registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
 
