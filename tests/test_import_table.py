@@ -75,7 +75,7 @@ TABLE: dict[str, str] = {
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
-    "cardtext": "bases extras facts forms values",
+    "cardtext": "bases extras facts forms tokenfields values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
@@ -96,7 +96,7 @@ TABLE: dict[str, str] = {
     "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
-    "summary": "errors extras layerinfo model slots state switching targeting values",
+    "summary": "errors extras layerinfo model slots state switching targeting tokens values",
     "loading": "bases errors hub layerinfo layers model sharding store tokenfields values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
