@@ -236,7 +236,7 @@ def common_config(adapters: Sequence[AdapterValue], factors: Mapping[str, Factor
     named = next((config for config in configs if config.base_model), configs[0])
     changes: dict[str, Any] = {"base_model": named.base_model, "revision": named.revision}
     if len(adapters) > 1:
-        changes |= {"modules_to_save": None, "bias": "none"}
+        changes |= {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
         selections = [(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs]
         if any(selection != selections[0] for selection in selections):
             lists = [

@@ -207,7 +207,7 @@ def negate(adapter: V) -> V:
 
 def factors_only(adapter: V) -> V:
     """The adapter without the heads and biases that it trained: its factors alone, which can be added."""
-    config = adapter.config.replace(modules_to_save=None, bias="none")
+    config = adapter.config.replace(modules_to_save=None, trainable_token_indices=None, bias="none")
     return dataclasses.replace(adapter, config=config, biases={}, modules={})
 
 

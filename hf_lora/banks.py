@@ -99,6 +99,10 @@ class LoRABanks(nn.Module):
     out_features: int
     kernel: tuple[int, ...] = ()  # of a convolution
     fresh: bool  # whether the base's forward is known to give a tensor that nobody else holds
+    leaders: dict[int, LoRABanks]  # of trainable adapters whose pair is that of a tied embedding: its banks
+    kept: bool  # whether it stays while it holds no adapter: room for those to come
+    learning: tuple[int, ...]  # the slots of trainable adapters
+    standing: tuple[tuple[int, str], ...]  # the slots of frozen ones with a buffer that stands for the weight, and it
     slots: dict[int, Slot]
     masters: dict[int, tuple[Tensor, Tensor]]  # what `read` gives of adapters whose bank was cast to a smaller dtype
     bank_A: Tensor
@@ -127,7 +131,8 @@ class LoRABanks(nn.Module):
         super().__init__()
         # As attributes and register_buffer(persistent=False), which take longer for hundreds of layers.
         vars(self).update(state=state, kind=kind, row_map=row_map, in_features=in_features, out_features=out_features)
-        vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False)
+        vars(self).update(slots={}, masters={}, fresh=False, gained=False, invoked=False, kept=False)
+        vars(self).update(learning=(), standing=(), leaders={})
         vars(self).update(_squares=None, _squares_of=None, _tails={})
         empty = torch.empty(0, device=device, dtype=dtype)
         self._buffers.update(
@@ -220,10 +225,23 @@ class LoRABanks(nn.Module):
                 bank[index].copy_(vector - 1 if name == "bank_gain" else vector)
         self._hold(index, slot)
 
+    def follow(self, index: int, leader: LoRABanks) -> None:
+        """Let a trainable adapter's pair be the one that a tied embedding has, turned: no Parameters of its own."""
+        self.leaders[index] = leader
+        for name in (f"A{index}", f"B{index}"):
+            del self._parameters[name]
+
     def _hold(self, index: int, slot: Slot) -> None:
         self.slots[index] = slot
-        self.gained = self.gained or slot.gain or bool(slot.rounded)
-        self.invoked = self.invoked or slot.invoked
+        self._look()
+
+    def _look(self) -> None:
+        """See what the adapters here are. A graph reads this, and not the slots: a new frozen pair leaves it valid."""
+        held = self.slots.items()
+        self.gained = any(slot.gain or slot.rounded for _, slot in held)
+        self.invoked = any(slot.invoked for _, slot in held)
+        self.learning = tuple(index for index, slot in held if slot.trainable)
+        self.standing = tuple((index, s.rounded) for index, s in held if s.rounded and not s.trainable)
 
     def hold_rounded(self, index: int, key: str, make: Callable[[], Tensor]) -> None:
         """Let another weight stand for the layer's under an adapter; those of one key share it.
@@ -255,6 +273,7 @@ class LoRABanks(nn.Module):
         """Forget an adapter; nobody reads its place in the banks until another is written there."""
         slot = self.slots.pop(index, None)
         self.masters.pop(index, None)
+        self.leaders.pop(index, None)
         if slot is None:
             return
         for name in ("A", "B", "start_A", "start_B", "bias", *slot.extras):
@@ -269,8 +288,7 @@ class LoRABanks(nn.Module):
                 self.bank_bias[index].zero_()
             if slot.gain:
                 self.bank_gain[index].zero_()
-        self.gained = any(held.gain or held.rounded for held in self.slots.values())
-        self.invoked = any(held.invoked for held in self.slots.values())
+        self._look()
         if slot.rounded and all(held.rounded != slot.rounded for held in self.slots.values()):
             self._buffers.pop(slot.rounded, None)
             self._non_persistent_buffers_set.discard(slot.rounded)
@@ -313,6 +331,10 @@ class LoRABanks(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), or (rows, r) with blocks, of a trainable adapter. Arguments: as of `dense`."""
         slot = self.slots[index]
+        if index in self.leaders:
+            leader = self.leaders[index]
+            B, A = (getattr(leader, key) for key in (f"A{index}", f"B{index}"))
+            return (B, A) if leader.kind == self.kind else (A.T, B.T)
         A, B = (of(key, getattr(self, key)) for key in (f"A{index}", f"B{index}"))
         if not slot.anchored:
             return (A, B) if slot.form is None else slot.form.plain(A, B)

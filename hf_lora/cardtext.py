@@ -17,6 +17,7 @@ from .bases import is_hub_id, is_local_path
 from .extras import EXTRAS, asked_for
 from .facts import RunFacts
 from .forms import forms_asked
+from .tokenfields import ROWS
 from .values import AdapterValue
 
 __all__ = ["AdapterFacts", "escape", "facts_of", "index"]
@@ -234,6 +235,8 @@ class AdapterFacts:
     def _config(self) -> str:
         value, config = self.value, self.value.config
         factors = list(value.factors.values())
+        tokens = {f"{len(state[ROWS])} rows of {path}" for path, state in value.modules.items() if ROWS in state}
+        whole = [path for path, state in value.modules.items() if ROWS not in state]
         targets = config.target_modules
         variants = [*(EXTRAS[name].field for name in asked_for(config)), *forms_asked(config)]
         shown = ", ".join(map(code, targets)) if isinstance(targets, (list, tuple)) else code(targets or "by default")
@@ -254,7 +257,8 @@ class AdapterFacts:
             ),
             ["dropout", _number(config.dropout)],
             ["biases trained", code(config.bias)],
-            ["modules trained whole", ", ".join(map(code, sorted(value.modules))) or "none"],
+            ["modules trained whole", ", ".join(map(code, sorted(whole))) or "none"],
+            *([["tokens that train", ", ".join(map(code, sorted(tokens)))]] if tokens else []),
             ["parameters", f"{value.num_parameters:,}"],
             ["size", _bytes(value.nbytes)],
             ["dtype", ", ".join(sorted({str(f.A.dtype).removeprefix("torch.") for f in factors}))],

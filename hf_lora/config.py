@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from . import fields, initnames, variantfields
+from . import fields, initnames, tokenfields, variantfields
 from .errors import LoRAConfigError, LoRAUnsupportedError
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
@@ -90,6 +90,8 @@ _OWN = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_token_indices",
+    "ensure_weight_tying": "ensure_weight_tying",
     "init_lora_weights": "init",
     "task_type": "task_type",
     "base_model_name_or_path": "base_model",
@@ -211,6 +213,9 @@ class LoRAConfig:
         rank_pattern: exceptions to `r`, by a regular expression for the end of a module path.
         alpha_pattern: exceptions to `alpha`, likewise.
         modules_to_save: modules (heads) that are trained and saved whole.
+        trainable_token_indices: token ids whose rows of the input embedding train, and of what is tied to it; or a
+            mapping from modules' names to token ids.
+        ensure_weight_tying: what changes of the input embedding changes in what shares its weight, too.
         init: A of a new adapter is "kaiming" (uniform) or "gaussian" and B zero; "off": both random, for debugging.
             Others: "orthogonal"; from the weights "pissa", "pissa_niter_N" (faster), "olora", "mica", and "loftq", for
             a base that is quantised, or will be; from data "eva", "lora_ga", "corda".
@@ -254,6 +259,8 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
     init: str = "kaiming"
     init_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     task_type: str | None = None
@@ -267,7 +274,15 @@ class LoRAConfig:
         put("r", fields.integer("r", self.r, least=1))
         put("alpha", None if self.alpha is None else fields.positive("alpha", self.alpha))
         put("dropout", fields.fraction("dropout", self.dropout))
-        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora", "freeze_a", "fan_in_fan_out"):
+        for name in (
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "use_qalora",
+            "freeze_a",
+            "ensure_weight_tying",
+            "fan_in_fan_out",
+        ):
             fields.boolean(name, getattr(self, name))
         fields.one_of("bias", self.bias, ("none", "all", "lora_only"))
         initnames.check(self.init)
@@ -280,6 +295,7 @@ class LoRAConfig:
         put("layers_pattern", fields.layer_names(self.layers_pattern))
         put("layer_replication", fields.ranges("layer_replication", self.layer_replication))
         put("modules_to_save", fields.optional_names("modules_to_save", self.modules_to_save))
+        put("trainable_token_indices", tokenfields.checked(self.trainable_token_indices))
         put(
             "rank_pattern",
             fields.pattern_map("rank_pattern", self.rank_pattern, functools.partial(fields.integer, least=1)),
@@ -297,6 +313,7 @@ class LoRAConfig:
 
     def _check_combinations(self) -> None:
         fields.require_apart(vars(self))
+        tokenfields.refuse_twice(vars(self))
         if self.kasa_config is not None and self.use_dora:
             raise LoRAConfigError(
                 "kasa_config cannot be combined with use_dora=True: neither says which weight the magnitudes are of.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from .batches import row_maps
 from .errors import LoRAMismatchError
 from .extras import EXTRAS
 from .layerinfo import is_held, modules_of, out_of
-from .layers import BIAS_ADDED, LoRAHead, Swapped
+from .layers import BIAS_ADDED, LoRAHead, LoRALinear
 from .quantised import rounding_problem
 from .rounding import rounding_of
 from .sharding import whole
 from .state import LoRAState
 from .targeting import LayerInfo, describe_layer, resolve
+from .tokenfields import ROWS, ids_of
+from .tokens import problems_of
+from .tying import tie_problems
 from .values import AdapterValue, Factors, group_blocks
 from .weights import compute_dtype, is_dense, materialised
 
@@ -46,6 +49,8 @@ class Plan:
     modules: Mapping[str, nn.Module]
     infos: dict[str, LayerInfo]  # of layers that hold no adapter yet
     row_maps: dict[str, str]  # of the same layers, as `batches.row_maps`
+    shared: Mapping[str, tuple[str, ...]]  # of modules whose rows train: those that share the weight
+    together: tuple[str, ...] = ()  # modules that train as one, the input embedding first (ensure_weight_tying)
 
 
 def make_plan(
@@ -78,7 +83,7 @@ def make_plan(
         if module is None:
             problems.append(f"{path}: the model has no such module")
             continue
-        if path in heads:
+        if path in heads or isinstance(module, LoRAHead):
             problems.append(f"{path}: another adapter on this model trains it whole (modules_to_save)")
             continue
         around = out_of(path, modules)
@@ -114,10 +119,17 @@ def make_plan(
             problems.append(f"{path}: {tuple(bias.shape)}, the model's is {tuple(own.shape)}")
         elif not adds_bias(owner):
             problems.append(f"{path}: the bias of a {type(owner).__name__} cannot be adapted")
+    shared, unfit = problems_of(model, modules, value)
+    together, differing = tie_problems(model, value)
+    problems += unfit + differing
     for path, tensors in value.modules.items():
         problems += head_problems(path, modules.get(path), tensors)
+        for other in shared.get(path, ()):
+            problems += head_problems(other, modules[other], tensors)
     for path, copied in value.embeddings.items():
-        problems += _embedding_problems(path, modules.get(path.rpartition(".")[0]), copied)
+        embedding = path.rpartition(".")[0]
+        instead = ids_of(value.config.trainable_token_indices, embedding) if embedding in value.modules else None
+        problems += _embedding_problems(path, modules.get(embedding), copied, instead or ())
     if not finite:
         problems += _not_finite(value)
     if not problems:
@@ -134,7 +146,8 @@ def make_plan(
         )
     halves = [around for path in infos if (around := out_of(path, modules)) is not None]
     fresh = [*infos, *halves, *(path.rpartition(".")[0] for path in value.biases), *value.modules]
-    return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {})
+    fresh += [other for others in shared.values() for other in others]
+    return Plan(modules, infos, row_maps(model, fresh, modules) if fresh else {}, shared, together)
 
 
 def attention_kinds(value: AdapterValue, modules: Mapping[str, nn.Module]) -> AdapterValue:
@@ -292,8 +305,12 @@ def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Ten
         return [f"{path}: the model has no such module (a head of another class of model?)"]
     if (info := describe_layer(module)) is not None and info.kind == "attention" and info.weight == "weight":
         return [f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it"]
-    if isinstance(module, Swapped) and not isinstance(module, LoRAHead):
+    if isinstance(module, LoRALinear):
+        if not module.lora_slots.slots:
+            return [f"{path}: room for factors is reserved there (reserve_lora), so it cannot train whole"]
         return [f"{path}: another adapter has LoRA factors there, so this one cannot train it whole"]
+    if ROWS in tensors:
+        return []  # see `tokens.token_problems`
     own = own_state(module)
     problems = [f"{path}.{key}: not in the adapter" for key in own.keys() - tensors.keys()]
     problems += [f"{path}.{key}: not in the model" for key in tensors.keys() - own.keys()]
@@ -303,14 +320,20 @@ def head_problems(path: str, module: nn.Module | None, tensors: Mapping[str, Ten
     return sorted(problems)
 
 
-def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor) -> list[str]:
+def _embedding_problems(path: str, module: nn.Module | None, copied: Tensor, instead: Sequence[int] = ()) -> list[str]:
     # PEFT copies a base embedding into the file. It must be this base's, or the outputs would not be the adapter's.
     own = getattr(module, "weight", None)
     if not isinstance(own, Tensor):
         return [f"{path}: the model has no such embedding"]
     if own.shape != copied.shape:
         return [f"{path}: the file's copy is {tuple(copied.shape)}, the model's {tuple(own.shape)} (tokens added?)"]
-    if own.is_meta or torch.equal(whole(own).detach().cpu(), copied.to(own.dtype).cpu()):
+    if own.is_meta:
+        return []
+    ours, theirs = whole(own).detach().cpu(), copied.to(own.dtype).cpu()
+    if instead:  # rows that the adapter brings: what a base was resized to began at random
+        ids = torch.tensor(instead)
+        ours, theirs = (t.index_fill(0, ids[ids < len(t)], 0) for t in (ours, theirs))
+    if torch.equal(ours, theirs):
         return []
     return [f"{path}: the file carries an embedding that differs from this base's, so it was made on another base"]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "add_grouped_low_rank",
     "add_low_rank",
     "add_wide",
     "embed_low_rank",
+    "embed_scaled",
     "grouped_low_rank",
     "grouped_low_rank_reference",
     "low_rank",
@@ -169,3 +170,11 @@ def row_squares_factored(squares: Tensor, weight: Tensor, A: Tensor, B: Tensor) 
     A, B = A.to(wide), B.to(wide)
     grown = torch.mm(B, torch.mm(A, A.T))
     return (squares + ((grown + 2 * crossed) * B).sum(1)).clamp_min(0)
+
+
+def embed_scaled(rows: Tensor, base: nn.Module) -> Tensor:
+    """What an embedding makes of rows that it looked up: Gemma's and BART's multiply them."""
+    scale = getattr(base, "embed_scale", None)
+    if scale is None:
+        return rows
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)

@@ -21,6 +21,8 @@ from .inits.base import dense
 from .inits.inputs import bar
 from .layerinfo import is_held
 from .targeting import Resolution, Target
+from .tokens import initial_rows, token_paths
+from .tying import group_of, tied_pairs
 from .values import NAMES, AdapterValue, Block, Factors, group_blocks, require_kind, require_whole_linear
 from .variants import STEPS, Base, initial_extras, initial_steps
 from .weights import compute_dtype, dense_weight, device_of, is_dense, materialised
@@ -96,12 +98,15 @@ def initial_value(
             kernel=target.info.kernel,
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
+    tied_pairs(config, factors, group_of(model) if config.ensure_weight_tying else ())
     if init.anchored:
         config = _doubled(config)
     if quantised and config.init == "loftq":  # the base holds what the pair was made for: a plain LoRA
         config = config.replace(init="kaiming", init_options={})
     biases = {path: materialised(owner, "bias") for path, owner in _biases(model, config, set(factors), found.heads)}
     heads = {path: base_state(modules[path]) for path in found.heads}
+    for path, ids in token_paths(model, config.trainable_token_indices).items():
+        heads[path] = initial_rows(modules[path], path, ids, whole=path in found.heads)
     if any(target.info.kind == "conv1d" for target in found.targets):
         config = config.replace(fan_in_fan_out=True)
     if config.base_model is None:

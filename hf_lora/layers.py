@@ -20,6 +20,7 @@ from .routing import rows_of
 from .rowmaps import inner_rows, picked
 from .slots import CHANNELS_FIRST, LoRASlots
 from .state import LoRAState, active_rows, refuse_inner, tracing
+from .tokens import TokenRows
 
 __all__ = [
     "BIAS_ADDED",
@@ -102,21 +103,21 @@ class LoRAHeads(nn.Module):
         replica.state = self.state.pinned()
         return replica
 
-    def run(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, owner: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base head's `output`, or the active copies' instead of it, row by row where routed."""
         if tracing():
-            return self._run_compiled(output, args, kwargs)
+            return self._run_compiled(owner, output, args, kwargs)
         active = self.state.current
         if active.rows is None:
             for entry, _ in active.mixture:
                 if str(entry.check().slot) in self.copies:
-                    output = self.copies[str(entry.slot)](*args, **kwargs)
+                    output = self._of(entry.slot, owner, output, args, kwargs)
             return output
         if not any(str(entry.check().slot) in self.copies for entry in active.entries):
             return output
         here = [entry for entry in active.entries if str(entry.slot) in self.copies]
         if active.uniform:
-            return self.copies[str(here[0].slot)](*args, **kwargs)
+            return self._of(here[0].slot, owner, output, args, kwargs)
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if self.row_map == "batch":
             rows = rows_of(active, x, self.row_map)
@@ -127,21 +128,38 @@ class LoRAHeads(nn.Module):
                 refuse_inner()  # it gives another number of entries than it is given
             indices = [picked(active, e, inner, x.device) for e in here]
         for entry, index in zip(here, indices, strict=True):
-            output = output.index_copy(0, index, self._rows(entry.slot, index, len(x), args, kwargs))
+            output = output.index_copy(0, index, self._rows(entry.slot, owner, output, index, len(x), args, kwargs))
         return output
 
-    def _rows(self, slot: int, index: Tensor, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _of(self, slot: int, owner: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        copy = self.copies[str(slot)]
+        if isinstance(copy, TokenRows):
+            return copy.replace(owner, output, *args, **kwargs)
+        return copy(*args, **kwargs)
+
+    def _rows(
+        self,
+        slot: int,
+        owner: nn.Module,
+        output: Any,
+        index: Tensor,
+        n: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         def chosen(value: Any) -> Any:
             return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n else value
 
-        result: Tensor = self.copies[str(slot)](*map(chosen, args), **{k: chosen(v) for k, v in kwargs.items()})
+        few = {k: chosen(v) for k, v in kwargs.items()}
+        result: Tensor = self._of(slot, owner, chosen(output), tuple(map(chosen, args)), few)
         return result
 
-    def _run_compiled(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_compiled(self, owner: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slots, weights = active_rows(output, self.state, self.row_map)
-        for key, copy in self.copies.items():
+        for key in self.copies:
             chosen = ((slots == int(key)) & (weights != 0)).any(1)
-            output = torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), copy(*args, **kwargs), output)
+            changed = self._of(int(key), owner, output, args, kwargs)
+            output = torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), changed, output)
         return output
 
 
@@ -155,7 +173,7 @@ class LoRAHead(Swapped):
         heads: Any = self._modules.get("lora_heads")
         if heads is None:  # as above
             return self.forward(*args, **kwargs)
-        return heads.run(heads.base.forward(self, *args, **kwargs), args, kwargs)
+        return heads.run(self, heads.base.forward(self, *args, **kwargs), args, kwargs)
 
 
 _CLASSES: dict[tuple[Any, Any], type[Swapped]] = {}

@@ -21,6 +21,7 @@ from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
 from .extras import EXTRAS, SCRATCH, asked_for, beside
 from .forms import Form, form_of, forms_asked
+from .tokenfields import ROWS, ids_of
 from .values import AdapterValue, Block, Factors, group_blocks
 
 __all__ = [
@@ -40,7 +41,6 @@ PREFIX = "base_model.model."
 
 # What other adapters put beside or instead of plain factors: a piece of the name -> what it belongs to.
 _FOREIGN = {
-    "token_adapter": "trainable_token_indices",
     "trainable_tokens_": "trainable_token_indices",
     "lora_E": "peft_type ADALORA",
     "ranknum": "peft_type ADALORA",
@@ -70,6 +70,7 @@ _SCRATCH = re.compile(
         for head, _, last in [key.partition(".")]
     )
 )
+_TOKENS = re.compile(rf"(.+)\.{re.escape(ROWS)}(?:\.([^.]+))?")  # with or without the adapter's name
 _WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")  # names inside PEFT's wrapper of a head
 _BAD_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^\.|\.\.|\.$|^$|^[A-Za-z]:")
 _ENDINGS = {
@@ -133,6 +134,9 @@ def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Pla
             extra = next(extra for extra in EXTRAS if match[extra])
             adapters.add(match[f"{extra}_of"])
             _put_extra(plan, match[extra], extra, name, problems)
+        elif (match := _TOKENS.fullmatch(key)) is not None:
+            adapters |= {match[2]} - {None}
+            _put_rows(config, plan, match[1], name, specs[name], problems)
         elif (match := _FOREIGN_KEY.search(f".{key}")) is not None:
             foreign[name] = _FOREIGN[match[0][1:]]
         elif (match := _NAMED.fullmatch(key)) is not None:
@@ -166,6 +170,8 @@ def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Pla
             value=sorted(specs)[:20],
             remedy="Give the adapter's own weights, not a model's.",
         )
+    if config.trainable_token_indices is not None and not plan.modules and not problems:
+        problems.append("it holds no rows of tokens, which trainable_token_indices names")
     _check_factors(config, plan, specs, source, problems)
     _sort_rest(config, plan, rest, specs, problems)
     if problems:
@@ -207,6 +213,18 @@ def _put_extra(plan: Plan, path: str, part: str, name: str, problems: list[str])
     if part in found:
         problems.append(f"{name!r} is a second {EXTRAS[part].key} for {path!r}")
     found.setdefault(part, name)
+
+
+def _put_rows(config: LoRAConfig, plan: Plan, path: str, name: str, spec: Spec, problems: list[str]) -> None:
+    ids, (dtype, shape) = ids_of(config.trainable_token_indices, path), spec
+    if ids is None:
+        problems.append(f"{name!r} is there, but trainable_token_indices of the config does not name it")
+    elif len(shape) != 2 or shape[0] != len(ids) or not dtype.is_floating_point:
+        problems.append(f"{name!r} is {dtype} {list(shape)}; it should be floating rows of {len(ids)} tokens")
+    elif path in plan.modules:
+        problems.append(f"{name!r} holds the rows of {path!r} a second time")
+    else:
+        plan.modules[path] = {ROWS: name}
 
 
 def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
@@ -324,7 +342,9 @@ def _sort_rest(
     loose: dict[str, dict[str, str]] = {}
     for key, name in rest.items():
         path, _, parameter = key.rpartition(".")
-        if path.endswith(".base_layer"):
+        if path.endswith(".token_adapter.base_layer") and parameter == "weight":  # PEFT's copy of a resized embedding
+            plan.embeddings[f"{path.removesuffix('.token_adapter.base_layer')}.weight"] = name
+        elif path.endswith(".base_layer"):
             path = path.removesuffix(".base_layer")
             if path not in plan.factors or parameter not in ("weight", "bias"):
                 problems.append(f"{name!r}: {path!r} has no factors")
@@ -538,7 +558,7 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     if any(_unrepeatable(config.init, pair) for pair in factors.values()):
         changes["init"] = "kaiming"
     heads = tuple(config.modules_to_save or ())
-    unnamed = [path for path in value.modules if _head(path, heads) is None]
+    unnamed = [path for path, state in value.modules.items() if ROWS not in state and _head(path, heads) is None]
     if unnamed:
         changes["modules_to_save"] = [*heads, *unnamed]
     return config.replace(**changes)

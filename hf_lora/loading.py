@@ -19,6 +19,7 @@ from .layerinfo import is_held
 from .model import put, read, refill, require
 from .quantised import described
 from .sharding import first_alone
+from .tokenfields import ROWS
 from .values import AdapterValue
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=_closed_names(model, value.modules) or None,
+        modules_to_save=_closed_names(model, [p for p, state in value.modules.items() if ROWS not in state]) or None,
     )
     return dataclasses.replace(value, config=config)
 

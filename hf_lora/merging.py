@@ -7,6 +7,7 @@ whole or not at all.
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from .state import NOTHING, Active, LoRAState
 from .switching import Which, selection
 from .targeting import describe_layer
 from .ties import as_before, refuse_tied, retie, untie
+from .tokenfields import ROWS
+from .tokens import RowsOf, rows_name, rows_of, shared_rows
+from .tying import led
 from .values import AdapterValue, Factors, refuse_invoked
 from .variants import Base
 from .weights import as_matrix, mergeable, weight_name
@@ -139,7 +143,7 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
     """
     for entry in active.entries:
         refuse_invoked(entry.record.config)
-    for path in _layers(active):
+    for path in _layers(model, active):
         _require_writable(model.get_submodule(path), path)
     for path in _offsets(active):
         if getattr(model.get_submodule(path), "bias", None) is None:
@@ -150,7 +154,7 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
                 remedy="Run it unmerged, or train without lora_bias.",
             )
     if not untie:
-        refuse_tied(model, _touched(model, active))
+        refuse_tied(model, _touched(model, active), _together(model, active))
 
 
 def _require_writable(module: nn.Module, path: str) -> None:
@@ -186,7 +190,8 @@ def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str
                 require_mergeable(model, active, untie=untie)
             values = {entry.name: read(model, entry.name) for entry, _ in active.mixture}
             changes, whole = _changes(model, active, values), _whole(model, active, values, old.tensors if old else {})
-            apart = _touched(model, active) if untie else []
+            together = _together(model, active)
+            apart = [path for path in _touched(model, active) if path not in together] if untie else []
             _change(model, old or Merged(NOTHING), new, changes, whole, apart)
             state.merged = new
     return new
@@ -220,8 +225,14 @@ def _held(state: LoRAState, verb: str, new: Merged) -> Iterator[None]:
 # ---- what a merge puts where -----------------------------------------------------------------------------------------
 
 
-def _layers(active: Active) -> list[str]:
-    return list(dict.fromkeys(path for entry in active.entries for path in entry.record.layers))
+def _layers(model: nn.Module, active: Active) -> list[str]:
+    """The paths of layers whose weight a merge changes; of those that share one and its change, the first."""
+    others = {path for paths in _led(model, active).values() for path in paths}
+    return list(dict.fromkeys(p for entry in active.entries for p in entry.record.layers if p not in others))
+
+
+def _led(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
+    return led(model, [entry.record for entry in active.entries])
 
 
 def _offsets(active: Active) -> list[str]:
@@ -232,19 +243,34 @@ def _offsets(active: Active) -> list[str]:
 def _touched(model: nn.Module, active: Active) -> list[str]:
     """The paths of every Parameter that a merge writes."""
     whole = [path for entry in active.entries for path in entry.record.biases]
-    for head in [path for entry in active.entries for path in entry.record.heads]:
-        whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
+    for head, slot in [(path, entry.slot) for entry in active.entries for path in entry.record.heads]:
+        module = model.get_submodule(head)
+        if rows_of(module, slot) is not None:
+            whole.append(f"{head}.weight")
+        else:
+            whole += [f"{head}.{key}" for key, _ in module.named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
-    weights = [f"{path}.{weight_name(model.get_submodule(path))}" for path in _layers(active)]
+    weights = [f"{path}.{weight_name(model.get_submodule(path))}" for path in _layers(model, active)]
     return list(dict.fromkeys([*weights, *whole]))
+
+
+def _together(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
+    """Weights of which rows change, and those that share them and are to change with them."""
+    found = {f"{path}.weight": shared_rows(model, path, e.slot) for e in active.entries for path in e.record.heads}
+    for path, others in _led(model, active).items():
+        every = (path, *others)
+        found |= {f"{one}.weight": tuple(other for other in every if other != one) for one in every}
+    return {name: tuple(f"{other}.weight" for other in others) for name, others in found.items() if others}
 
 
 def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:
     """What makes ΔW of every layer that the mixture touches, scaled and weighted, from its W; float32 or wider."""
     parts: dict[str, list[tuple[Factors, float]]] = {}
     rounded: dict[str, list[tuple[Tensor, float]]] = {}
+    changed = {*_layers(model, active)}
     for entry, weight in active.mixture:
-        for path, factors in values[entry.name].factors.items():
+        for path in [path for path in values[entry.name].factors if path in changed]:
+            factors = values[entry.name].factors[path]
             parts.setdefault(path, []).append((factors, weight))
             slots: Any = model.get_submodule(path).lora_slots
             name = slots.slots[entry.slot].rounded
@@ -313,7 +339,8 @@ def _whole(
     """
     found: dict[str, Tensor] = {}
     offset = any("offset" in f.extras for value in values.values() for f in value.factors.values())
-    own = {**_tensors(model), **base} if offset or any(entry.record.whole for entry in active.entries) else {}
+    whole = offset or any(entry.record.whole for entry in active.entries)
+    own: Mapping[str, Tensor] = ChainMap(dict(base), _tensors(model)) if whole else {}
     for entry, weight in active.mixture:
         value = values[entry.name]
         given = dict(value.biases)
@@ -324,7 +351,10 @@ def _whole(
                 given[name] = before + shift * (factors.scaling * weight)
         for path, tensors in value.modules.items():
             assert isinstance(model.get_submodule(path), LoRAHead)
-            given |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
+            if ROWS in tensors:
+                given[rows_name(path, entry.slot)] = tensors[ROWS]
+            else:
+                given |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
         for name, tensor in given.items():
             found[name] = tensor.to(own[name].dtype)
             if tensor.is_floating_point() and not bool(torch.isfinite(found[name]).all()):
@@ -337,9 +367,9 @@ def _whole(
     return found
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> RowsOf:
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in every if not is_held(name)}
+    return RowsOf(model, {name: tensor.detach() for name, tensor in every if not is_held(name)})
 
 
 # ---- the change ------------------------------------------------------------------------------------------------------
@@ -441,9 +471,11 @@ def _on_cpu(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
 
 
 def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    own = _tensors(model) if values else {}
+    if not values:
+        return
+    own = _tensors(model)
     for name, value in values.items():
-        own[name].copy_(value)
+        own.write(name, value)
 
 
 def _require_unchanged(model: nn.Module, merged: Merged) -> None:

@@ -209,6 +209,25 @@ class LoRAMixin:
         generation.prepare(self)
         return switching.route_lora(self, names)
 
+    def reserve_lora(
+        self: Any, slots: int | None, rank: int | None = None, targets: str | Sequence[str] | None = None
+    ) -> None:
+        """Make room for adapters to come, so that a compiled model takes them without compiling anew.
+
+        load_lora(…, replace=True) then swaps an adapter for another of any rank, alpha and targets within the room.
+
+        Args:
+            slots: how many adapters are on the model at a time; None forgets what was reserved.
+            rank: the largest of theirs.
+            targets: every layer that one of them may have factors in, as `target_modules`; None is where adapters are.
+
+        Raises:
+            LoRAStateError: `slots` or `rank` is no positive number, or the model is merged.
+            LoRATargetError: `targets` matches nothing.
+        """
+        spare = isinstance(slots, int) and not isinstance(slots, bool) and slots > 0  # one more, to swap through
+        placing.reserve(self, slots + 1 if spare and slots is not None else slots, rank, targets)
+
     def train_lora(self: Any, names: str | Iterable[str]) -> None:
         """Choose which adapters train: these and no others. Make a new optimizer afterwards."""
         placing.train(self, names)

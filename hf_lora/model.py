@@ -8,91 +8,43 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activation import hook_activation, refuse_activation, unhook_activation
+from .activation import hook_activation, refuse_activation
+from .attachment import Resident, attach, detach, require, state_of
 from .attention import LoRAAttention, shield, unshield
+from .batches import row_maps
 from .config import LoRAConfig
 from .convslots import LoRAConvSlots
-from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
+from .errors import LoRAMismatchError, LoRANameError, LoRAStateError
 from .extras import EXTRAS
-from .facts import RunFacts
-from .fitting import Plan, attention_kinds, head_problems, make_plan, unpooled
+from .fitting import Plan, attention_kinds, make_plan, unpooled
+from .guards import refuse_managed, require_putable
 from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of, out_of
-from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
-from .preparing import unprepare
-from .quantised import hold_still, let_go, refuse_rearranged
-from .replication import replicated, restore_layers
+from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
+from .quantised import refuse_rearranged
+from .reading import read, refill_parameters, refill_problems
+from .replication import replicated
+from .reservation import note, release, reserved
 from .rounding import rounding_of
-from .routing import batch_of
-from .rowmaps import hook_row_maps, unhook_row_maps
-from .sharding import assign, refuse_sharded, reshard, whole
+from .sharding import refuse_sharded, reshard
 from .slots import LoRASlots, Slot, block_index
-from .state import NOTHING, Active, Entry, LoRAState, check_rows, tracing
+from .state import NOTHING, Active, Entry, LoRAState
 from .targeting import Resolution, describe_layer, resolve
-from .values import AdapterValue, Block, Factors
+from .tokenfields import ROWS, ids_of
+from .tokens import TokenRows
+from .tying import tie, tied_config
+from .values import AdapterValue, Factors
 from .variants import STEPS, Base, Effect, effect_of
 from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
 
 __all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
-
-_STATE = "_lora_state"
-_RESERVED = "_lora_reserved"  # slots and rank of banks to be made
-_UNSYNCED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel's own name
-
-
-class _Unsynced:
-    """Names of what DDP leaves alone: the frozen banks, which it would otherwise broadcast in every forward."""
-
-    def __init__(self, model: nn.Module, others: tuple[str, ...]) -> None:
-        self.model, self.others = model, others
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.others
-        yield from (name for name, _ in self.model.named_buffers() if ".lora_slots." in f".{name}")
-
-
-@dataclass
-class Resident:
-    """What the model keeps of one adapter beside its factors in the layers."""
-
-    config: LoRAConfig
-    layers: tuple[str, ...]  # paths of layers with factors
-    biases: tuple[str, ...]  # paths of parameters
-    heads: tuple[str, ...]  # paths of modules trained whole
-    value: AdapterValue | None = None  # a frozen adapter as it came, unless the banks hold every bit of it
-    skipped: tuple[str, ...] = ()  # what targeting left out, for the summary
-    architecture: str | None = ""  # whose table gave the roles; None: told from structure; "": loaded, roles not needed
-    run: RunFacts | None = None  # how it was trained, for its card
-
-    @property
-    def whole(self) -> bool:
-        """Whether it replaces something (a head, a bias) rather than only adding to it."""
-        return bool(self.biases or self.heads)
-
-
-def state_of(model: nn.Module) -> LoRAState | None:
-    """The model's adapters, or None if it has none."""
-    state = model.__dict__.get(_STATE)
-    return state if isinstance(state, LoRAState) else None
-
-
-def require(model: nn.Module) -> LoRAState:
-    """The model's adapters. Raises `LoRAStateError` if it has none."""
-    state = state_of(model)
-    if state is None:
-        raise LoRAStateError(
-            f"This {type(model).__name__} has no LoRA.", remedy="Call add_lora() or load_lora() first."
-        )
-    return state
-
 
 # ---- adding ----------------------------------------------------------------------------------------------------------
 
@@ -140,11 +92,11 @@ def _add(
     replace: bool,
     data: Iterable[Any] | None,
 ) -> Resolution:
-    found = resolve(model, config)
+    config, found = tied_config(model, config, resolve(model, config))
     require_data(config, data)
     refuse_embeddings(config, found.targets)
     refuse_activation(model, config, {t.path: t.info.kind for t in found.targets}, [config.bias, *found.heads])
-    _require_putable(model, name, replace, state_of(model), modules_of(model))  # before hours of looking at data
+    require_putable(model, name, replace, state_of(model), modules_of(model))  # before hours of looking at data
     found, seen = _look(model, config, found, data)
     value = initial_value(model, config, found, seen)
     put(model, value, name, trainable=trainable, replace=replace, active=False)
@@ -222,7 +174,7 @@ def _put(
 ) -> None:
     state, modules = state_of(model), modules_of(model)
     value = attention_kinds(unpooled(value, modules), modules)
-    _require_putable(model, name, replace, state, modules)
+    require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
         refuse_sharded(model, what, "Add or load it before fully_shard(); frozen factors can be loaded at any time.")
@@ -233,17 +185,19 @@ def _put(
     kinds = {path: factors.kind for path, factors in value.factors.items()}
     refuse_activation(model, value.config, kinds, [*value.biases, *value.modules], plan.row_maps)
     fresh = state is None
-    state = _attach(model) if state is None else state
+    state = attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
         entry = Entry(name, state.free_slot(), trainable, tuple(value.config.alora_invocation_tokens or ()))
         resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
         entry.record = resident
         try:
             held = _write(model, state, entry, value, plan)
+            _furnish(model, state)
         except BaseException:
             _erase(model, entry)
             if fresh:
-                _detach(model, state)
+                release(model)
+                detach(model, state)
             raise
         resident.value = None if held else value
         old = state.entries.get(name)
@@ -255,68 +209,44 @@ def _put(
             state.default = Active(((entry, 1.0),))
 
 
-def _require_putable(
-    model: nn.Module, name: str, replace: bool, state: LoRAState | None, modules: Mapping[str, nn.Module]
+def reserve(
+    model: nn.Module, slots: int | None, rank: int | None = None, targets: str | Sequence[str] | None = None
 ) -> None:
-    """Raise if no adapter can be put under this name now, whatever it holds."""
-    if not isinstance(name, str) or not name:
-        raise LoRANameError(
-            f"{name!r} is no name for an adapter.",
-            value=name,
-            expected="a string that is not empty",
-            remedy='Give any string, such as "task" or "org/task".',
-        )
-    _refuse_foreign(model, state, modules)
-    if state is not None:
-        state.require_unmerged("add_lora")
-        if state.overridden and any(state.current.entries):
-            raise LoRAStateError(
-                "An adapter cannot be added inside use_lora() or route_lora().",
-                remedy="Add or load it before the with block.",
-            )
-        if name in state.entries and not replace:
-            raise LoRANameError(
-                f"An adapter named {name!r} is already on this model.",
-                name=name,
-                value=name,
-                remedy="Choose another name, remove_lora() it, or pass replace=True.",
-            )
-        if name in state.entries:
-            state.require_unused("replace", [state.entries[name]])
-        _refuse_managed(model, [state.entries[name]] if name in state.entries else [], "replaced")
-
-
-def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> None:
     """Make room for adapters to come, so that putting them moves none that are there (and compiles nothing anew).
 
     Args:
         slots: how many adapters, those on the model included, in layers that get their first one later, too. None:
             forget it; what was made stays.
         rank: the largest of theirs.
+        targets: layers that are to have room before their first adapter, as `target_modules`.
 
     Raises:
-        LoRAStateError: `slots` or `rank` is no positive number.
+        LoRAStateError: `slots` or `rank` is no positive number. LoRATargetError: `targets` matches nothing.
     """
-    if slots is None or rank is None:
-        vars(model).pop(_RESERVED, None)
-        return
-    for name, value in (("slots", slots), ("rank", rank)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise LoRAStateError(
-                f"{name}={value!r}: room is reserved for one adapter of rank 1 at least.",
-                name=name,
-                value=value,
-                remedy="Give a positive whole number.",
-            )
-    vars(model)[_RESERVED] = (slots, rank)
     state = state_of(model)
-    if state is None:
+    if targets is not None and state is not None:
+        state.require_unmerged("reserve_lora")
+        if state.overridden:
+            raise LoRAStateError(
+                "Room for an adapter cannot be made inside use_lora() or route_lora().",
+                remedy="Make it before the with block.",
+            )
+    note(model, slots, rank, targets)
+    if state is not None:
+        with state.lock, torch.inference_mode(False):
+            _furnish(model, state)
+
+
+def _furnish(model: nn.Module, state: LoRAState) -> None:
+    """Let the layers that room is reserved in have it, whether they hold an adapter or not."""
+    room, modules = reserved(model), modules_of(model)
+    if room is None:
         return
-    with state.lock, torch.inference_mode(False):
-        for module in modules_of(model).values():
-            held = module._modules.get("lora_slots")
-            if isinstance(held, LoRASlots) and any(slot.rank for slot in held.slots.values()):
-                held.reserve(slots, rank)
+    free = [path for path in room.paths if not isinstance(modules.get(path), LoRALinear) and path in modules]
+    plan = Plan(modules, {}, row_maps(model, free, modules) if free else {}, {})
+    for path in room.paths:
+        if path in modules and not isinstance(modules[path], LoRAHead):
+            _slots(model, state, modules[path], path, plan).kept = True
 
 
 def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
@@ -393,21 +323,43 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
             slots.put_frozen(entry.slot, slot, None, None, _bias_change(module, bias))
     for path, tensors in value.modules.items():
         module = plan.modules[path]
-        own = _head_copy(module, tensors)
-        if not isinstance(module, LoRAHead):
-            heads = LoRAHeads(state, plan.row_maps[path])
-            heads.train(module.training)
-            heads.base = type(module)
-            module.lora_heads = heads  # before the class, as in `_slots`
-            try:
-                swap(module, LoRAHead, path)
-            except BaseException:
-                del module.lora_heads
-                raise
-            shield(plan.modules, path, state)
-        assert isinstance(module, LoRAHead)
-        module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
+        if ROWS in tensors:
+            ids = ids_of(value.config.trainable_token_indices, path)
+            assert ids is not None
+            own_rows = _rows_copy(module, ids, tensors[ROWS], entry.trainable)
+            _put_head(state, module, path, plan, entry, own_rows)
+            for other in plan.shared.get(path, ()):
+                _put_head(state, plan.modules[other], other, plan, entry, own_rows.beside(plan.modules[other]))
+        else:
+            _put_head(state, module, path, plan, entry, _head_copy(module, tensors))
+    if entry.trainable:
+        tie(plan.modules, plan.together, entry.slot)
     return held or entry.trainable
+
+
+def _put_head(state: LoRAState, module: nn.Module, path: str, plan: Plan, entry: Entry, own: nn.Module) -> None:
+    """Hold an adapter's copy of a module beside it; its class is swapped if it holds none."""
+    if not isinstance(module, LoRAHead):
+        heads = LoRAHeads(state, plan.row_maps[path])
+        heads.train(module.training)
+        heads.base = type(module)
+        module.lora_heads = heads  # before the class, as in `_slots`
+        try:
+            swap(module, LoRAHead, path)
+        except BaseException:
+            del module.lora_heads
+            raise
+        shield(plan.modules, path, state)
+    assert isinstance(module, LoRAHead)
+    module.lora_heads.put(entry.slot, own, trainable=entry.trainable)
+
+
+def _rows_copy(module: nn.Module, ids: tuple[int, ...], rows: Tensor, trainable: bool) -> TokenRows:
+    """Rows of the module's weight: in float32 or wider while they train, else in the weight's dtype."""
+    dtype = compute_dtype(module, module)
+    dtype = torch.promote_types(dtype, torch.float32) if trainable else dtype
+    parameter = nn.Parameter(rows.detach().to(device_of(module), dtype, copy=True), requires_grad=trainable)
+    return TokenRows(ids, parameter, module)
 
 
 def _turned(module: nn.Module) -> Tensor:
@@ -497,8 +449,9 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     slots = held_by(state, kind, *sizes, device=device_of(module), dtype=dtype, row_map=plan.row_maps[path])
     slots.kernel = () if info is None else info.kernel
     slots.training, slots.fresh = module.training, type(module).forward is nn.Linear.forward
-    if kind != "bias" and _RESERVED in vars(model):
-        slots.reserve(*vars(model)[_RESERVED])
+    room = reserved(model)
+    if kind != "bias" and room is not None:
+        slots.reserve(room.slots, room.rank)
     slots.base = type(module)
     module.lora_slots = slots  # before the class that needs it: other threads may be in this layer's forward
     try:
@@ -510,165 +463,7 @@ def _slots(model: nn.Module, state: LoRAState, module: nn.Module, path: str, pla
     return slots
 
 
-def _attach(model: nn.Module) -> LoRAState:
-    """Give the model a state and freeze its base."""
-    state = LoRAState()
-    trained, seen = [], set[int]()
-    for path, module in modules_of(model).items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                trained.append(f"{path}.{name}" if path else name)
-                parameter.requires_grad_(False)
-    state.facts["trained"] = trained
-    hold_still(model)
-    setattr(model, _STATE, state)
-    setattr(model, _UNSYNCED, _Unsynced(model, tuple(getattr(model, _UNSYNCED, ()))))
-    model.register_forward_pre_hook(_check_batch, with_kwargs=True)
-    hook_row_maps(model, state)
-    return state
-
-
-def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a batch that a route does not fit before anything runs; a layer may see a size that happens to divide."""
-    state = None if tracing() else state_of(model)
-    rows = None if state is None else state.current.rows
-    if rows is None:
-        return
-    if torch.compiler.is_exporting():
-        raise LoRARouteError(
-            "A route cannot be exported: an exported program keeps what is active for good, whatever its batch.",
-            value=len(rows),
-            remedy="Export under use_lora() of one adapter.",
-        )
-    batch = batch_of(model, args[0] if args else None, kwargs)
-    if batch is not None:
-        check_rows(rows, batch)
-
-
-def _detach(model: nn.Module, state: LoRAState) -> None:
-    """The model as it was before its first adapter."""
-    trained = set(state.facts["trained"])
-    for path, parameter in model.named_parameters():
-        if path in trained:
-            parameter.requires_grad_(True)
-    delattr(model, _STATE)
-    let_go(model)
-    unprepare(model)
-    unsynced = model.__dict__.pop(_UNSYNCED, None)
-    if isinstance(unsynced, _Unsynced) and unsynced.others:
-        setattr(model, _UNSYNCED, unsynced.others)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_batch]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
-    unhook_row_maps(model)
-    restore_layers(model)
-    unhook_activation(model)
-
-
-def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[str, nn.Module]) -> None:
-    size = getattr(model, "_tp_size", None) or 1
-    if size > 1:
-        raise LoRAUnsupportedError(
-            f"This model is split over {size} devices by tensor parallelism, where a LoRA's factors would have to be "
-            "sharded with it.",
-            name="tp_plan",
-            value=size,
-            remedy="Load it without tp_plan (device_map and DDP work).",
-        )
-    if state is None and getattr(model, "peft_config", None):
-        raise LoRAUnsupportedError(
-            f"This {type(model).__name__} carries adapters of PEFT: {', '.join(map(repr, model.peft_config))}.",  # type: ignore[arg-type]
-            name="peft_config",
-            remedy="Unload them (delete_adapter, or PeftModel.unload), or save them and load_lora() the files.",
-        )
-    for path, module in modules.items():
-        held = module._modules.get("lora_slots") or module._modules.get("lora_heads")
-        if isinstance(held, (LoRASlots, LoRAHeads)) and held.state is not state:
-            raise LoRAStateError(
-                f"{path} carries adapters that were added through another model (the one inside this, or around it).",
-                name=path,
-                remedy="Add all adapters through the same model, or remove_lora() there first.",
-            )
-
-
-def _refuse_managed(model: nn.Module, entries: Iterable[Entry], what: str) -> None:
-    """Refuse to take off a sharded model what fully_shard() manages: Parameters, and the classes of its own modules."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for entry in entries:
-        layers = [modules.get(path) for path in entry.record.layers]
-        beneath = any(isinstance(m, Swapped) and "lora_base" not in vars(type(m)) for m in layers)
-        if entry.trainable or entry.record.heads or beneath:
-            refuse_sharded(
-                model,
-                f"Adapter {entry.name!r} was there before fully_shard() and cannot be {what}",
-                "Choose what is on the model before fully_shard(), or save_lora() and build the model again.",
-            )
-
-
 # ---- reading, training, removing ------------------------------------------------------------------------------------
-
-
-def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = None) -> AdapterValue:
-    """The adapter as a value: a frozen one as it came, a trainable one as it stands now, on the CPU.
-
-    Every process of a model that fully_shard() has split must call this.
-
-    Args:
-        tensors: take what is trainable from this whole state dict of the model, rather than from the model.
-    """
-    state = require(model)
-    entry = state.entry(name)
-    resident: Resident = entry.record
-    if resident.value is not None:
-        return resident.value
-    factors: dict[str, Factors] = {}
-    biases: dict[str, Tensor] = {}
-    modules = modules_of(model)
-    reshard(model)
-
-    def own(path: str, tensor: Tensor) -> Tensor:
-        tensor = (whole(tensor) if tensors is None else tensors[path]).detach()
-        return tensor if tensor.is_meta else tensor.to("cpu", copy=True)
-
-    for path in resident.layers:
-        slots = _present(modules, path, LoRALinear).lora_slots
-        slot = slots.slots[entry.slot]
-        pair = (
-            slots.dense(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
-            if entry.trainable
-            else slots.read(entry.slot)
-        )
-        assert pair is not None
-        extras = slots.extras(entry.slot, lambda key, t, at=path: own(f"{at}.lora_slots.{key}", t))
-        blocks = tuple(Block(role, rows) for role, rows in slot.blocks)
-        rslora = resident.config.use_rslora
-        A, B = pair
-        like: dict[str, Any] = {"anchored": slot.anchored, "form": slot.form, "kernel": slots.kernel}
-        factors[path] = Factors(slots.kind, A, B, slot.alpha, rslora, blocks, extras, **like)
-    for path in resident.biases:
-        owner = _present(modules, path.rpartition(".")[0], LoRALinear)
-        key = f"bias{entry.slot}"
-        biases[path] = own(f"{path.rpartition('.')[0]}.lora_slots.{key}", owner.lora_slots.get_parameter(key))
-    heads = {
-        path: {
-            key: own(f"{path}.lora_heads.copies.{entry.slot}.{key}", tensor)
-            for key, tensor in _present(modules, path, LoRAHead).lora_heads.copies[str(entry.slot)].state_dict().items()
-        }
-        for path in resident.heads
-    }
-    return AdapterValue(resident.config, factors, biases, heads)
-
-
-def _present(modules: Mapping[str, nn.Module], path: str, kind: type[Any]) -> Any:
-    module = modules.get(path)
-    if not isinstance(module, kind):
-        raise LoRAStateError(
-            f"{path}: the layer that held the adapter was replaced by a {type(module).__name__} after it was added.",
-            name=path,
-            remedy="Change the model's layers before adding a LoRA.",
-        )
-    return module
 
 
 def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
@@ -683,7 +478,7 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     values = {name: attention_kinds(unpooled(value, modules), modules) for name, value in values.items()}
     for name, value in values.items():
-        problems = _refill_problems(read(model, name), value, modules)
+        problems = refill_problems(read(model, name), value, modules)
         if problems:
             raise LoRAMismatchError(
                 f"The file is not of the adapter {name!r} on this model: {len(problems)} problem(s). "
@@ -695,49 +490,9 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
     for name, value in values.items():
         entry = require(model).entry(name)
         if entry.trainable:
-            _refill(modules, entry.slot, value)
+            refill_parameters(modules, entry.slot, value)
         else:
             put(model, value, name, replace=True)
-
-
-def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[str, nn.Module]) -> list[str]:
-    problems = [f"{path}: not in the file" for path in have.factors.keys() - value.factors.keys()]
-    problems += [f"{path}: not on the model" for path in value.factors.keys() - have.factors.keys()]
-    if have.config.alora_invocation_tokens != value.config.alora_invocation_tokens:
-        problems.append(f"alora_invocation_tokens: {value.config.alora_invocation_tokens} in the file")
-    for path in have.factors.keys() & value.factors.keys():
-        mine, other = have.factors[path], value.factors[path]
-        if (mine.A.shape, mine.B.shape, mine.blocks) != (other.A.shape, other.B.shape, other.blocks):
-            problems.append(f"{path}: rank or slices differ ({other.rank} in the file, {mine.rank} on the model)")
-        elif mine.extras.keys() != other.extras.keys():
-            problems.append(f"{path}: {sorted(other.extras)} in the file, {sorted(mine.extras)} on the model")
-        elif mine.form != other.form:
-            problems.append(f"{path}: of the form {other.form} in the file, {mine.form} on the model")
-        elif mine.scaling != other.scaling:
-            problems.append(f"{path}: scaling {other.scaling} in the file, {mine.scaling} on the model")
-    for what in ("biases", "modules"):
-        a, b = getattr(have, what).keys(), getattr(value, what).keys()
-        problems += [f"{path}: only on the model" for path in a - b] + [f"{path}: only in the file" for path in b - a]
-    for path in value.modules:
-        problems += head_problems(path, modules.get(path), value.modules[path])
-    return problems
-
-
-@torch.no_grad()
-def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None:
-    for path, factors in value.factors.items():
-        slots: LoRASlots = modules[path].lora_slots
-        slot, B = slots.slots[index], factors.B
-        if slot.blocks:
-            rows, columns = block_index(slot.blocks, slot.rank)
-            B = B[rows, columns]
-        for name, part in {**slot.parts(factors.A, B), **factors.extras}.items():
-            assign(slots.get_parameter(f"{name}{index}"), part)
-    for path, bias in value.biases.items():
-        assign(modules[path.rpartition(".")[0]].lora_slots.get_parameter(f"bias{index}"), bias)
-    for path, tensors in value.modules.items():
-        for key, own in modules[path].lora_heads.copies[str(index)].state_dict().items():
-            assign(own, tensors[key])
 
 
 def train(model: nn.Module, names: Iterable[str]) -> None:
@@ -791,13 +546,14 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     state = require(model)
     chosen = list(state.entries.values()) if name is None else [state.entry(name)]
     state.require_unused("remove_lora", chosen)
-    _refuse_managed(model, chosen, "removed")
+    refuse_managed(model, chosen, "removed")
     with state.lock:
         for entry in chosen:
             _forget(model, state, entry)
             state.entries = {n: e for n, e in state.entries.items() if e is not entry}
         if not state.entries:
-            _detach(model, state)
+            release(model)
+            detach(model, state)
 
 
 def _forget(model: nn.Module, state: LoRAState, entry: Entry) -> None:
@@ -815,7 +571,7 @@ def _erase(model: nn.Module, entry: Entry) -> None:
     for module in modules.values():
         if isinstance(module, LoRALinear):
             module.lora_slots.remove(entry.slot)
-            if not module.lora_slots.slots:
+            if not module.lora_slots.slots and not module.lora_slots.kept:
                 restore(module)  # the class first: see LoRALinear.forward
                 del module.lora_slots
         elif isinstance(module, LoRAHead):

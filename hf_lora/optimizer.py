@@ -98,7 +98,7 @@ def _kinds(model: nn.Module, embeddings_apart: bool) -> tuple[dict[int, str], se
             slots = module.lora_slots
             apart = embeddings_apart and slots.kind == "embedding"
             for index, slot in slots.slots.items():
-                if slot.trainable and slot.rank:
+                if slot.trainable and slot.rank and index not in slots.leaders:
                     for side in ("A", "B"):
                         kinds[id(slots.get_parameter(f"{side}{index}"))] = "embedding" if apart else side
             held.update(id(parameter) for parameter in slots.parameters())

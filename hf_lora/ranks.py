@@ -224,6 +224,7 @@ class RankAllocator:
             assert isinstance(module, LoRALinear)
             slot = module.lora_slots.slots[entry.slot]
             odd = next((EXTRAS[name].field for name in slot.extras if EXTRAS[name].size == "rank"), None)
+            odd = "ensure_weight_tying" if entry.slot in module.lora_slots.leaders else odd
             odd = "target_modules" if slot.blocks else "init" if slot.anchored else odd
             if odd is not None:
                 raise LoRAUnsupportedError(

@@ -243,7 +243,7 @@ class LoRASlots(LoRABanks):
     def _scaled_delta(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, dropout: float) -> Tensor:
         padding = getattr(base, "padding_idx", None)
         delta = PLAIN.delta(x, A, B, kind=self.kind, dropout=dropout, padding_idx=padding)
-        return _embed_scaled(delta, base) if self.kind == "embedding" else delta
+        return functional.embed_scaled(delta, base) if self.kind == "embedding" else delta
 
     def _widened(self, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, narrow: Narrow) -> Tensor:
         if self.kind == "embedding":
@@ -255,7 +255,7 @@ class LoRASlots(LoRABanks):
         return functional.grouped_low_rank(x, A, B)
 
     def _trainable(self) -> Iterator[tuple[int, Slot]]:
-        return ((index, slot) for index, slot in self.slots.items() if slot.trainable)
+        return ((index, self.slots[index]) for index in self.learning)
 
     # ---- from an invocation on ---------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class LoRASlots(LoRABanks):
                 A, B = plan.A.to(x.dtype), plan.B.to(x.dtype)
                 output = output + self._grouped(x, A, B, base).to(output.dtype)
         elif plan.B is not None and plan.places is not None:
-            output = output + _embed_scaled(self._embedded(x, output, plan.places[:, None], plan.B), base)
+            output = output + functional.embed_scaled(self._embedded(x, output, plan.places[:, None], plan.B), base)
         if plan.bias is not None:
             output = output + _bias_rows(plan.bias, output, base)
         for index, slot, chosen in plan.trained:
@@ -434,8 +434,6 @@ class LoRASlots(LoRABanks):
 
     def _add_compiled(self, x: Tensor, output: Tensor, base: nn.Module) -> Tensor:
         """The one graph that serves every switch, weight and route: what is active arrives as tensors."""
-        if not self.slots:
-            return output
         traced = self.state.traced
         row_map = "batch" if self.row_map == "flat" and x.dim() != 2 else self.row_map
         row_map = "inner" if self.kind == "embedding" and x.dim() == 1 else "flat" if row_map == "windows" else row_map
@@ -450,9 +448,9 @@ class LoRASlots(LoRABanks):
         for index, slot in self._trainable():
             weight = (weights * (slots == index)).sum(1).view(-1, *ones)
             output = self._add_one(x, output, base, index, slot, weight.to(output.dtype), origin)
-        held = [(index, slot.rounded) for index, slot in self.slots.items() if slot.rounded and not slot.trainable]
-        for name in dict.fromkeys(name for _, name in held):
-            chosen = torch.stack([weights * (slots == index) for index, own in held if own == name]).sum((0, 2))
+        for name in dict.fromkeys(name for _, name in self.standing):
+            chosen = torch.stack([weights * (slots == index) for index, own in self.standing if own == name])
+            chosen = chosen.sum((0, 2))
             output = self._rounded(x, output, base, name, chosen.view(-1, *ones).to(output.dtype), origin)
         if self.bank_gain.shape[0]:
             gain = _bias_rows(_chosen(self.bank_gain, slots, weights), output, base)
@@ -463,7 +461,7 @@ class LoRASlots(LoRABanks):
             B = self.bank_B[places] * (weights * here)[:, :, None, None].to(self.bank_B.dtype)  # (N, K, R, out)
             B = B.flatten(1, 2)  # (N, K·R, out)
             if self.kind == "embedding":
-                output = output + _embed_scaled(self._embedded(x, output, places, B), base)
+                output = output + functional.embed_scaled(self._embedded(x, output, places, B), base)
             else:
                 A = self.bank_A[places].flatten(1, 2)  # (N, K·R, in)
                 output = output + self._grouped(x, A.to(x.dtype), B.to(x.dtype), base).to(output.dtype)
@@ -531,10 +529,3 @@ def _bias_rows(bias: Tensor, output: Tensor, base: nn.Module) -> Tensor:
 def _along(vector: Tensor, output: Tensor, base: nn.Module) -> Tensor:
     """A vector, (out,), in a shape that goes along the output's features."""
     return vector.view(-1, *[1] * (output.dim() - 2)) if isinstance(base, CHANNELS_FIRST) else vector
-
-
-def _embed_scaled(delta: Tensor, base: nn.Module) -> Tensor:
-    scale = getattr(base, "embed_scale", None)  # Gemma's and BART's embeddings multiply what they look up
-    if scale is None:
-        return delta
-    return delta * (scale.to(delta.dtype) if isinstance(scale, Tensor) else scale)

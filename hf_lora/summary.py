@@ -16,6 +16,7 @@ from .slots import LoRASlots
 from .state import Entry
 from .switching import described
 from .targeting import roles_of
+from .tokens import rows_of
 
 __all__ = ["AdapterSummary", "Summary", "summarise"]
 
@@ -107,7 +108,7 @@ def summarise(model: nn.Module) -> Summary:
                 entry.trainable,
                 entry in active,
                 dict(counts),
-                resident.heads,
+                tuple(_head(model, path, entry.slot) for path in resident.heads),
                 len(resident.biases),
                 resident.architecture,
                 resident.skipped,
@@ -135,6 +136,12 @@ def base_sizes(model: nn.Module) -> list[tuple[int, int]]:
         if own:
             found.append(sizes_of(module, own))
     return found
+
+
+def _head(model: nn.Module, path: str, slot: int) -> str:
+    """What trains in place of the base's: a module, or rows of it."""
+    rows = rows_of(model.get_submodule(path), slot)
+    return path if rows is None else f"{path} ({len(rows.ids)} rows)"
 
 
 def _sizes(model: nn.Module, entry: Entry) -> tuple[int, int]:

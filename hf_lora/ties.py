@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,17 @@ def tied(model: nn.Module, paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse Parameters that another module uses too: it would change with a merge, and was not to."""
+def refuse_tied(
+    model: nn.Module, paths: Iterable[str], meant: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> None:
+    """Refuse Parameters that another module uses too: it would change with a merge, and was not to.
+
+    `meant`: those that are to change together, by path.
+    """
     for path, others in tied(model, paths).items():
+        others = [name for name in others if name not in meant.get(path, ())]
+        if not others:
+            continue
         owner, _, leaf = path.rpartition(".")
         raise LoRAUnsupportedError(
             f"{owner}: its {leaf} is tied to {', '.join(others)}; a merge would change both.",

@@ -15,6 +15,7 @@ from .config import FrozenMapping, LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError, LoRAUnsupportedError
 from .extras import EXTRAS, FORWARD, Extra, asked_for
 from .forms import Form, form_of, forms_asked
+from .tokenfields import ROWS, ids_of
 
 V = TypeVar("V", bound="AdapterValue")
 
@@ -26,6 +27,7 @@ __all__ = [
     "group_blocks",
     "plain",
     "refuse_extras",
+    "refuse_rows",
     "refuse_replicated",
     "require_kind",
     "require_whole_linear",
@@ -355,7 +357,8 @@ class AdapterValue:
         config: the config that its files say or will say.
         factors: module path → factors; at least one.
         biases: "X.bias" → the whole trained bias. Needs `config.bias` "lora_only", or "all" where X has no factors.
-        modules: module path → state dict of a module that was trained whole (modules_to_save).
+        modules: module path → state dict of a module that was trained whole (modules_to_save), or of which single rows
+            were (trainable_token_indices): those rows alone, under `tokenfields.ROWS`.
         embeddings: "X.weight" → PEFT's copy of the base's own weight, written beside the factors of an embedding; to be
             compared with the base, not put into it.
     """
@@ -396,6 +399,7 @@ class AdapterValue:
                     value=pair.form,
                     expected=want,
                 )
+        self._check_rows()
         for name in self.biases:
             if not name.endswith(".bias") and name != "bias":
                 raise LoRAMismatchError(f"The bias {name!r} is not named '<module>.bias'.", name=name)
@@ -408,6 +412,34 @@ class AdapterValue:
                     expected=needed,
                     remedy=f'Set bias="{needed}".',
                 )
+
+    def _check_rows(self) -> None:
+        """The rows of tokens are those that the config names."""
+        indices = self.config.trainable_token_indices
+        held = {path: state[ROWS] for path, state in self.modules.items() if ROWS in state}
+        for path, rows in held.items():
+            ids = ids_of(indices, path)
+            if ids is None or rows.dim() != 2 or len(rows) != len(ids) or not rows.is_floating_point():
+                raise LoRAMismatchError(
+                    f"{path}: the adapter holds rows {tuple(rows.shape)} of tokens, the config names "
+                    f"{'none there' if ids is None else len(ids)}.",
+                    name="trainable_token_indices",
+                    value=tuple(rows.shape),
+                    expected=ids,
+                )
+            if path in self.factors:
+                raise LoRAUnsupportedError(
+                    f"{path}: single rows of it train (trainable_token_indices), and it has factors.",
+                    name="trainable_token_indices",
+                    value=path,
+                    remedy="Leave it out of target_modules, as PEFT asks for, too.",
+                )
+        if indices is not None and not held:
+            raise LoRAMismatchError(
+                "The adapter holds no rows of tokens, which its config's trainable_token_indices names.",
+                name="trainable_token_indices",
+                value=indices,
+            )
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the adapter, as files hold it."""
@@ -544,6 +576,17 @@ def refuse_replicated(value: AdapterValue, what: str) -> None:
             name="layer_replication",
             value=spans,
             remedy="Put it on its base in memory, and run it there.",
+        )
+
+
+def refuse_rows(value: AdapterValue, what: str) -> None:
+    """Raise `LoRAUnsupportedError` if single rows of an embedding were trained, which `what` does not write."""
+    if value.config.trainable_token_indices is not None:
+        raise LoRAUnsupportedError(
+            f"{what} does not write single rows, and this adapter has trainable_token_indices.",
+            name="trainable_token_indices",
+            value=value.config.trainable_token_indices,
+            remedy="Load the base, resize_token_embeddings() if tokens were added, load_lora(), and merge_and_save().",
         )
 
 

@@ -58,6 +58,7 @@ NOT_CORE = {
     "test_hostile_files.py",  # files alone
     "test_hub.py",
     "test_import_table.py",
+    "test_hotswap.py",  # this, test_ties.py and test_tokens.py: against PEFT and compiled, in the tested versions
     "test_importers.py",  # values, and formats of others
     "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
@@ -73,6 +74,8 @@ NOT_CORE = {
     "test_recipe.py",
     "test_serve.py",
     "test_space_adapters.py",
+    "test_ties.py",
+    "test_tokens.py",
     "test_trainer_features.py",
     "test_trainer_hub.py",
     "test_trainer_survival.py",

@@ -217,9 +217,7 @@ def test_oddities_that_compute_a_plain_lora(odd):
     [
         *[{"init_lora_weights": name} for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "new")],
         {"target_parameters": ["experts.w"]},
-        {"trainable_token_indices": [1]},
         {"arrow_config": {"top_k": 3}},
-        {"ensure_weight_tying": True},
         {"enable_lora": [True, False, True]},
         {"a_future_field": 0},
         {"a_future_field": "x"},

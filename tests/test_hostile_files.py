@@ -265,7 +265,7 @@ def test_tensors_that_do_not_fit_are_listed(folder, tensors, match):
 @pytest.mark.parametrize(
     ("name", "shape", "match"),
     [
-        ("emb.token_adapter.trainable_tokens_delta", (1, 2), "trainable_token_indices"),
+        ("emb.trainable_tokens_delta", (1, 2), "trainable_token_indices"),
         ("h.0.q.lora_E", (2, 1), "ADALORA"),
         ("mlp.experts.lora_A", (4, 4), "target_parameters"),
         ("h.0.q.lora_mid.weight", (2, 2), "unknown LoRA variant"),

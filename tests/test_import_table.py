@@ -26,7 +26,8 @@ TABLE: dict[str, str] = {
     "fields": "errors patterns",
     "initnames": "errors fields",
     "variantfields": "errors fields",
-    "config": "errors fields initnames patterns variantfields",
+    "tokenfields": "errors fields",
+    "config": "errors fields initnames patterns tokenfields variantfields",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -61,10 +62,12 @@ TABLE: dict[str, str] = {
     "convolution": "",
     "convslots": "convolution dropout slots variants",
     "attention": "errors layers slots state",
-    "layers": "errors functional routing rowmaps slots state variants weights",
+    "layers": "errors functional routing rowmaps slots state tokens variants weights",
+    "ties": "errors layerinfo",
+    "tokens": "errors functional layerinfo ties tokenfields weights",
     # the adapter as a value, and on disk
     "facts": "errors",
-    "values": "config errors extras forms",
+    "values": "config errors extras forms tokenfields",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
@@ -75,35 +78,39 @@ TABLE: dict[str, str] = {
     "safefile": "errors",
     "folders": "errors safefile store",
     "attentionpairs": "errors values",
-    "layout": "attentionpairs config errors extras forms values",
+    "layout": "attentionpairs config errors extras forms tokenfields values",
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
-    "cardtext": "bases extras facts forms values",
+    "cardtext": "bases extras facts forms tokenfields values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
+    "tying": "config errors extras layerinfo targeting tokenfields tokens values",
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
-    "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation attention config convslots errors extras facts fitting initial inits layerinfo layers preparing quantised replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "initial": "config errors extras fitting forms inits layerinfo targeting tokens tying values variants weights",
+    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens tying values weights",  # noqa: E501
+    "model": "activation attachment attention batches config convslots errors extras fitting guards initial inits layerinfo layers preparing quantised reading replication reservation rounding sharding slots state targeting tokenfields tokens tying values variants weights",  # noqa: E501
     "switching": "errors model state",
-    "ties": "errors layerinfo",
-    "merging": "backends errors exact extras layerinfo layers model replication sharding standins state switching targeting ties values variants weights workers",  # noqa: E501
+    "merging": "backends errors exact extras layerinfo layers model replication sharding standins state switching targeting ties tokenfields tokens tying values variants weights workers",  # noqa: E501
+    "attachment": "activation config errors facts layerinfo preparing quantised replication routing rowmaps state values",  # noqa: E501
+    "guards": "errors layers sharding slots state",
+    "reservation": "attachment config errors layerinfo layers slots targeting",
+    "reading": "attachment errors fitting layerinfo layers sharding slots tying values",
     "optimizer": "errors layers model",
     "kasa": "errors layers model",
     "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
-    "summary": "backends errors extras layerinfo model quantised slots state switching targeting values",
-    "loading": "bases errors hub layerinfo layers model quantised sharding store values",
+    "summary": "backends errors extras layerinfo model quantised slots state switching targeting tokens values",
+    "loading": "bases errors hub layerinfo layers model quantised sharding store tokenfields values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
     "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching values",  # noqa: E501
+    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching tokenfields tokens values",  # noqa: E501
     "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values weights workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501

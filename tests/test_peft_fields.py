@@ -48,6 +48,8 @@ COMPUTED: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True},
     "use_qalora": {"use_qalora": True},
     "use_rslora": {"use_rslora": True},
+    "trainable_token_indices": {"trainable_token_indices": [5, 7, 9, 11, 13, 17, 33, 41]},
+    "ensure_weight_tying": {"ensure_weight_tying": True, "target_modules": ["q_proj", "embed_tokens"]},
 }
 # Further values of the same.
 MORE: list[tuple[str, Any]] = [
@@ -57,7 +59,10 @@ MORE: list[tuple[str, Any]] = [
     ("layers_to_transform", [0, 1]),
     ("target_modules", r".*\.(q_proj|down_proj)"),
 ]
-BASES = {"fan_in_fan_out": ("gpt2", ["c_attn", "c_fc"])}  # else a Llama
+BASES = {
+    "ensure_weight_tying": ("llama-tied", []),
+    "fan_in_fan_out": ("gpt2", ["c_attn", "c_fc"]),
+}  # else a Llama
 # What is written into a file as it is, and has no effect on what it computes.
 WRITTEN: dict[str, Any] = {
     "auto_mapping": {
@@ -73,10 +78,8 @@ WRITTEN: dict[str, Any] = {
 # What is refused: a value, and the field that the error names if it is another.
 REFUSED: dict[str, Any] = {
     "arrow_config": {"top_k": 2},
-    "ensure_weight_tying": True,
     "peft_type": "LOHA",
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "trainable_token_indices": [1, 2],
 }
 CHANGE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")  # factors are then not all of it
 

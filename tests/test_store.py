@@ -266,20 +266,21 @@ def test_a_fused_slice_is_dense_for_peft(tmp_path):
     assert read_adapter(tmp_path).factors["transformer.h.0.attn.c_attn"].equal(fused)
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ],
-)
-def test_variants_are_refused_by_field_and_by_tensor(fields, named, tmp_path):
+def test_rows_of_tokens_are_those_that_the_config_names(tmp_path):
     peft = pytest.importorskip("peft")
-    peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], **fields)).save_pretrained(tmp_path)
-    with pytest.raises(LoRAUnsupportedError, match=named):
-        read_adapter(tmp_path)
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
+    peft.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
+    assert read_adapter(tmp_path).modules.keys() == {"model.embed_tokens"}
     path = tmp_path / store.CONFIG_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(fields)))
-    with pytest.raises(LoRAUnsupportedError, match=named):
+    written = json.loads(path.read_text())
+    for wrong in (None, [1, 2], {"lm_head": [1]}):
+        path.write_text(json.dumps(written | {"trainable_token_indices": wrong}))
+        with pytest.raises(LoRAFileError, match="token"):
+            read_adapter(tmp_path)
+    tensors = {name: t for name, t in load_file(tmp_path / store.WEIGHTS_NAME).items() if "token" not in name}
+    path.write_text(json.dumps(written))
+    save_file(tensors, tmp_path / store.WEIGHTS_NAME)
+    with pytest.raises(LoRAFileError, match="no rows of tokens"):
         read_adapter(tmp_path)
 
 

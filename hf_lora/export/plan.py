@@ -15,7 +15,7 @@ from ..errors import LoRAConfigError, LoRAError, LoRAMismatchError, LoRAUnsuppor
 from ..fitting import make_plan
 from ..integrations.checkpoint_keys import Placed, auto_classes, dtype_of_keys, map_keys, meta_model, missing_is_fine
 from ..layerinfo import describe_layer, modules_of
-from ..values import AdapterValue, Factors, refuse_invoked
+from ..values import AdapterValue, Factors, refuse_invoked, refuse_rows
 from ..weights import weight_name
 from .base import BaseFiles, Stored
 from .shards import Spec
@@ -108,6 +108,7 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
             says what to do instead.
     """
     refuse_invoked(value.config)
+    refuse_rows(value, "A merge on disk")
     config = _config(base)
     _set_labels(value, config)
     dtype = _dtype(base, config) if dtype is None else dtype

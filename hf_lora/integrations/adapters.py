@@ -281,7 +281,7 @@ def _get_adapter_state_dict(
 
 
 def _enable_peft_hotswap(model: Any, target_rank: int = 128, check_compiled: str = "error") -> None:
-    """From now on loading under a taken name replaces that adapter. No rank has to be reserved."""
+    """From now on loading under a taken name replaces that adapter; up to this rank that compiles nothing anew."""
     if check_compiled not in ("error", "warn", "ignore"):
         raise LoRAStateError(
             f"check_compiled={check_compiled!r} is none of 'error', 'warn', 'ignore'.",
@@ -289,6 +289,8 @@ def _enable_peft_hotswap(model: Any, target_rank: int = 128, check_compiled: str
             value=check_compiled,
             expected=("error", "warn", "ignore"),
         )
+    state = placing.require(model)
+    placing.reserve(model, len(state.entries) + 1, target_rank)
     model._hotswap_enabled = True
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from ..loading import push_lora, save_checkpoint
 from ..model import put, read, remove, state_of
 from ..sharding import is_sharded
 from ..state import Active
+from ..tokenfields import ids_of
+from ..tokens import rows_of
 from ..values import AdapterValue
 from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .patching import Registry
@@ -58,7 +60,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def install(registry: Registry, cls: Any) -> None:
     """Wrap the methods of `cls`, which is PreTrainedModel."""
     save, checkpointing, resize = cls.save_pretrained, cls._set_gradient_checkpointing, cls.resize_token_embeddings
-    push = cls.push_to_hub
+    push, tie_weights = cls.push_to_hub, cls.tie_weights
 
     signature = inspect.signature(save)
 
@@ -110,12 +112,26 @@ def install(registry: Registry, cls: Any) -> None:
         residents = [] if state is None else [entry.record for entry in state.entries.values()]
         if not any(touched & {*resident.layers, *resident.heads} for resident in residents):
             return resize(self, new_num_tokens, *args, **kwargs)
+        _require_rows(residents, new_num_tokens, args, kwargs)
         with _taken_off(self) as values:
             embeddings = resize(self, new_num_tokens, *args, **kwargs)
             for path in touched:  # a new layer is born in training mode, where the adapter's dropout would run
                 self.get_submodule(path).train(self.training)
             values[:] = [_resized(self, value, touched) for value in values]
         return embeddings
+
+    @functools.wraps(tie_weights)
+    def tying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if state is not None and state.merged is not None and state.merged.ties:
+            raise LoRAStateError(
+                f"tie_weights() would take away what a merge wrote into {', '.join(state.merged.ties)}, which has a "
+                "copy of its own while merged (untie=True).",
+                name="tie_weights",
+                value=tuple(state.merged.ties),
+                remedy="Call unmerge_lora() first, or merge_and_save().",
+            )
+        return tie_weights(self, *args, **kwargs)
 
     @functools.wraps(push)
     def push_to_hub(self: Any, repo_id: str, *args: Any, **options: Any) -> Any:
@@ -134,6 +150,7 @@ def install(registry: Registry, cls: Any) -> None:
 
     registry.set(cls, "save_pretrained", save_pretrained)
     registry.set(cls, "push_to_hub", push_to_hub)
+    registry.set(cls, "tie_weights", tying)
     registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
 
@@ -191,6 +208,23 @@ def _embeddings(model: Any) -> set[str]:
     return {path for path, module in model.named_modules(remove_duplicate=False) if any(module is x for x in layers)}
 
 
+def _require_rows(
+    residents: Sequence[Any], tokens: int | None, args: tuple[Any, ...], options: Mapping[str, Any]
+) -> None:
+    """Raise if an embedding would be cut below a token whose row an adapter trains."""
+    multiple = (args[0] if args else options.get("pad_to_multiple_of")) or 1
+    for resident in residents:
+        indices = resident.config.trainable_token_indices
+        ids = [i for path in resident.heads for i in ids_of(indices, path) or ()]
+        if tokens is not None and ids and max(ids) >= -(-tokens // multiple) * multiple:
+            raise LoRAStateError(
+                f"resize_token_embeddings({tokens}) would take away token {max(ids)}, whose row an adapter trains.",
+                name="trainable_token_indices",
+                value=tokens,
+                remedy="Keep more tokens, or remove_lora() that adapter first.",
+            )
+
+
 class _taken_off:
     """Take every adapter off a model, and put them back with the same names, slots' order, activity and training."""
 
@@ -205,7 +239,16 @@ class _taken_off:
                 "resize_token_embeddings() cannot be used inside use_lora() or route_lora().",
                 remedy="Leave the with block first.",
             )
-        heads = sorted({path for e in self.state.entries.values() for path in e.record.heads} & _embeddings(self.model))
+        # Heads of which single rows train are resized: their rows stay, by the ids of their tokens.
+        heads = sorted(
+            {
+                path
+                for entry in self.state.entries.values()
+                for path in entry.record.heads
+                if rows_of(self.model.get_submodule(path), entry.slot) is None
+            }
+            & _embeddings(self.model)
+        )
         if heads:
             raise LoRAUnsupportedError(
                 f"{', '.join(heads)}: an adapter trains it whole, so its tokens cannot be resized any more.",
