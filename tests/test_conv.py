@@ -515,7 +515,7 @@ def test_other_beginnings():
         model.add_lora(LoRAConfig(r=4, target_modules=["stem", "conv2"], init=init))
         for path, pair in model.lora_adapter().factors.items():
             bound = (4 / len(pair.blocks or "1")) ** -0.5  # of B's rows, of which each group has its own
-            assert (pair.B.abs().max() > 0.5 * bound) == (init == "off")
+            assert (pair.B.abs().max() > 0.75 * bound) == (init == "off")
             assert pair.B.abs().max() <= bound
             spread = pair.A.std() * 4 if init == "gaussian" else pair.A.abs().max() * pair.in_features**0.5
             assert 0.8 < spread < 1.2, path
