@@ -412,3 +412,22 @@ def test_the_value(tmp_path: Any) -> None:
     assert plain.config.trainable_token_indices is None
     assert not plain.modules
     assert plain.truncate(rank=2).factors.keys() == plain.factors.keys()
+
+
+def test_a_merge_in_memory_writes_rows_and_one_on_disk_refuses(tmp_path: Any) -> None:
+    import transformers
+
+    from hf_lora.export import merge_to_folder
+
+    base = build("llama-tied")
+    base.save_pretrained(tmp_path / "base")
+    model = trained(base)
+    model.save_lora(tmp_path / "adapter")
+    with pytest.raises(LoRAError, match="trainable_token_indices"):
+        merge_to_folder(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    assert not (tmp_path / "merged").exists()
+    model.merge_and_save(tmp_path / "whole")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    inputs = batch_of(model)
+    expected = logits(model, inputs)
+    assert (logits(again, inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
