@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAUnsupportedError
+from .expertputting import initial_experts
 from .extras import asked_for
 from .fitting import adds_bias, base_state, weight_problem
 from .forms import Form, form_of
@@ -89,6 +90,7 @@ def initial_value(
             form=form,
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
+    factors |= initial_experts(model, config, found.parameters)
     if init.anchored:
         config = _doubled(config)
     if quantised and config.init == "loftq":  # the base holds what the pair was made for: a plain LoRA

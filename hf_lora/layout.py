@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
+from .expertnames import expert_of, matching
+from .experts import Stack, in_files, named, rank_major, stacks
 from .extras import EXTRAS, SCRATCH, asked_for, beside
 from .forms import Form, form_of, forms_asked
 from .values import AdapterValue, Block, Factors
@@ -97,6 +99,7 @@ class Plan:
     unused: list[str] = field(default_factory=list)  # names of the base's own tensors that the adapter replaces
     resolved: dict[str, tuple[int, float]] = field(default_factory=dict)  # path -> (rank, alpha)
     forms: dict[str, Form] = field(default_factory=dict)  # of those that are not stored whole
+    experts: dict[str, int] = field(default_factory=dict)  # paths of 3-D parameters -> how many experts
 
 
 def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Plan:
@@ -218,6 +221,9 @@ def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
 
 def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
     higher: dict[str, str] = {}
+    rows = {path: specs[pair["A"]][1][:1] for path, pair in plan.factors.items() if "A" in pair}
+    parameters = named(config, {path: shape[0] if shape else 0 for path, shape in rows.items()}, source)
+    plan.factors = {parameters.get(path, path): pair for path, pair in plan.factors.items()}
     plan.resolved = config.resolve(plan.factors)
     formed = bool(forms_asked(config))
     for path, pair in plan.factors.items():
@@ -241,6 +247,8 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
                 problems.append(f"{path!r}: lora_A {list(a)} and lora_B {list(b)} are not matrices")
         elif a[0] != b[1]:
             problems.append(f"{path!r}: lora_A {list(a)} has rank {a[0]}, lora_B {list(b)} has rank {b[1]}")
+        elif path in parameters.values() and a[0] % rank == 0:
+            plan.experts[path] = a[0] // rank
         elif a[0] != rank:
             problems.append(f"{path!r}: its tensors have rank {a[0]}, the config says {rank}")
         elif 0 in a or 0 in b:
@@ -363,6 +371,11 @@ def assemble(
     if unknown:
         raise LoRAFileError(f"{source} has blocks for {unknown}, which have no factors.", name=unknown[0])
     try:
+        stacked = {
+            path: Stack(A, rank_major(B, n, back=True), n, plan.resolved[path][1], config.use_rslora)
+            for path, n in plan.experts.items()
+            for A, B in [[tensors[plan.factors[path][part]] for part in ("A", "B")]]
+        }
         factors = {
             path: Factors(
                 kind="embedding" if pair["kind"] == "embedding" else "linear",
@@ -373,7 +386,10 @@ def assemble(
                 extras={part: tensors[name] for part, name in plan.extras.get(path, {}).items()},
             )
             for path, pair in plan.factors.items()
+            if path not in plan.experts
         }
+        for path, stack in stacked.items():
+            factors |= stack.pairs(path)
         return AdapterValue(
             config,
             factors,
@@ -446,7 +462,12 @@ def from_state_dict(
 def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
     """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
     found: dict[str, Tensor] = {}
+    for path, stack in in_files(stacks(value.factors)).items():
+        found[f"{PREFIX}{path}.lora_A.weight"] = stack.A
+        found[f"{PREFIX}{path}.lora_B.weight"] = rank_major(stack.B, stack.experts)
     for path, factors in value.factors.items():
+        if expert_of(path) is not None:
+            continue
         A, B = factors.stored()
         if factors.kind == "embedding":
             found[f"{PREFIX}{path}.lora_embedding_A"] = A
@@ -473,7 +494,10 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     adapted path and that leaves none out; otherwise they become the full paths.
     """
     config, factors = value.config, value.factors
-    actual = {path: (pair.rank, float(pair.alpha)) for path, pair in factors.items()}
+    parameters = stacks(factors)
+    layers = [path for path in factors if expert_of(path) is None]
+    every: dict[str, Factors | Stack] = {**{path: factors[path] for path in layers}, **parameters}
+    actual = {path: (pair.rank, float(pair.alpha)) for path, pair in every.items()}
     rslora = {pair.use_rslora for pair in factors.values()}
     if len(rslora) > 1:
         mixed = next(path for path, pair in factors.items() if pair.use_rslora != config.use_rslora)
@@ -482,7 +506,7 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
             name=mixed,
         )
     changes: dict[str, Any] = {"use_rslora": rslora.pop()}
-    if config.resolve(factors) != actual:
+    if config.resolve(every) != actual:
         (r, alpha), _ = Counter(actual.values()).most_common(1)[0]
         changes |= {
             "r": r,
@@ -493,9 +517,13 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     elif config.alpha is None:
         changes["alpha"] = float(config.r)
     targets = config.target_modules
-    if not isinstance(targets, tuple) or not _closed(targets, factors):
+    wanted = config.target_parameters or ()
+    closed = all(any(matching([name], path) for path in parameters) for name in wanted)
+    if not closed or not all(matching(wanted, path) for path in parameters):
+        changes["target_parameters"] = sorted(parameters) or None
+    if not isinstance(targets, tuple) or not _closed(targets, layers):
         changes |= {
-            "target_modules": sorted(factors),
+            "target_modules": sorted(layers),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -522,7 +550,7 @@ def _anchored(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _closed(targets: tuple[str, ...], paths: Mapping[str, Any]) -> bool:
+def _closed(targets: tuple[str, ...], paths: Iterable[str]) -> bool:
     """Whether every target ends some path and every path ends with some target, at a dot."""
     ends = {".".join(parts[i:]) for path in paths for parts in [path.split(".")] for i in range(len(parts))}
     named = set(targets)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import LoRAStateError, LoRAUnsupportedError
 from .exact import Factored, Record, Scratch, added, fingerprint, restored
+from .expertnames import expert_of, parameter_of
 from .extras import EXTRAS
 from .layerinfo import is_held
 from .layers import LoRAHead
@@ -111,6 +112,8 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
         refuse_invoked(entry.record.config)
     for path in _layers(active):
         mergeable(model.get_submodule(path), path)
+    for path in _parameters(active, model):
+        mergeable(model.get_submodule(path.rpartition(".")[0]), path, path.rpartition(".")[2])
     for path in _offsets(active):
         if getattr(model.get_submodule(path), "bias", None) is None:
             raise LoRAUnsupportedError(
@@ -168,6 +171,33 @@ def _layers(active: Active) -> list[str]:
     return list(dict.fromkeys(path for entry in active.entries for path in entry.record.layers))
 
 
+def _parameters(active: Active, model: nn.Module) -> list[str]:
+    """The paths of the experts' parameters that adapters change."""
+    found = []
+    for entry in active.entries:
+        for path in entry.record.experts:
+            banks = model.get_submodule(path).lora_slots.banks()
+            found += [f"{path}.{name}" for name, bank in banks.items() if entry.slot in bank.slots]
+    return list(dict.fromkeys(found))
+
+
+def _weight(modules: Mapping[str, nn.Module], path: str) -> Tensor:
+    """The weight that a path of factors means: a layer's, or one expert's matrix."""
+    at = expert_of(path)
+    if at is None:
+        return mergeable(modules[path], path)
+    owner, _, name = at[0].rpartition(".")
+    return mergeable(modules[owner], path, name)[at[1]]
+
+
+def _turned(model: nn.Module, path: str) -> bool:
+    """Whether that weight is (in, out)."""
+    if expert_of(path) is not None:
+        return bool(getattr(model.get_submodule(parameter_of(path).rpartition(".")[0]), "is_transposed", False))
+    info = describe_layer(model.get_submodule(path))
+    return info is not None and info.kind in ("conv1d", "embedding")
+
+
 def _offsets(active: Active) -> list[str]:
     """The paths of layers whose bias a merge changes, though no adapter has it whole."""
     return list(dict.fromkeys(p for e in active.entries if e.record.config.lora_bias for p in e.record.layers))
@@ -179,7 +209,8 @@ def _touched(model: nn.Module, active: Active) -> list[str]:
     for head in [path for entry in active.entries for path in entry.record.heads]:
         whole += [f"{head}.{key}" for key, _ in model.get_submodule(head).named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
-    return list(dict.fromkeys([*(f"{path}.weight" for path in _layers(active)), *whole]))
+    weights = [*(f"{path}.weight" for path in _layers(active)), *_parameters(active, model)]
+    return list(dict.fromkeys([*weights, *whole]))
 
 
 def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue]) -> dict[str, Change]:
@@ -189,14 +220,15 @@ def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue
     for entry, weight in active.mixture:
         for path, factors in values[entry.name].factors.items():
             parts.setdefault(path, []).append((factors, weight))
+            if expert_of(path) is not None:
+                continue
             slots: Any = model.get_submodule(path).lora_slots
             name = slots.slots[entry.slot].rounded
             if name:
                 rounded.setdefault(path, []).append((slots.get_buffer(name), weight))
     changes: dict[str, Change] = {}
     for path, pairs in parts.items():
-        info = describe_layer(model.get_submodule(path))
-        turned = info is not None and info.kind in ("conv1d", "embedding")  # their weights are (in, out)
+        turned = _turned(model, path)
         changes[path] = functools.partial(factored, pairs, turned, rounded=rounded.get(path, ()))
     return changes
 
@@ -305,7 +337,7 @@ def _change(
     paths = list(dict.fromkeys([*old.weights, *changes]))
 
     def forward(path: str, scratch: Scratch) -> None:
-        weight, was = mergeable(modules[path], path).detach(), old.weights.get(path)
+        weight, was = _weight(modules, path).detach(), old.weights.get(path)
         result = weight if was is None else restored(weight, was, path, scratch)
         if path in changes:
             before = b"" if was is None else was.before
@@ -316,7 +348,7 @@ def _change(
             was.moved = []  # its memory serves the next layer; `backward` makes it again
 
     def backward(path: str, scratch: Scratch) -> None:
-        weight, was, now = mergeable(modules[path], path).detach(), old.weights.get(path), new.weights.get(path)
+        weight, was, now = _weight(modules, path).detach(), old.weights.get(path), new.weights.get(path)
         found = fingerprint(weight)
         if was is not None and was.moved and found == was.after:
             return  # not begun
@@ -353,7 +385,7 @@ def _change(
 
 
 def _on_cpu(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
-    return lambda path: mergeable(modules[path], path).device.type == "cpu"
+    return lambda path: _weight(modules, path).device.type == "cpu"
 
 
 def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:

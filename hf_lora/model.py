@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from .activation import hook_activation, refuse_activation, unhook_activation
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
+from .expertlayers import LoRAExperts
+from .expertnames import expert_of
+from .expertputting import put_experts, read_experts
+from .experts import stacks
 from .extras import EXTRAS
 from .facts import RunFacts
 from .fitting import Plan, head_problems, make_plan, unpooled
@@ -63,6 +67,7 @@ class Resident:
     layers: tuple[str, ...]  # paths of layers with factors
     biases: tuple[str, ...]  # paths of parameters
     heads: tuple[str, ...]  # paths of modules trained whole
+    experts: tuple[str, ...] = ()  # paths of modules with pairs of their 3-D parameters' experts
     value: AdapterValue | None = None  # a frozen adapter as it came, unless the banks hold every bit of it
     skipped: tuple[str, ...] = ()  # what targeting left out, for the summary
     architecture: str | None = ""  # whose table gave the roles; None: told from structure; "": loaded, roles not needed
@@ -230,7 +235,8 @@ def _put(
     state = _attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
         entry = Entry(name, state.free_slot(), trainable, tuple(value.config.alora_invocation_tokens or ()))
-        resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
+        layers, experts = _places_of(value)
+        resident = Resident(value.config, layers, tuple(value.biases), tuple(value.modules), experts=experts)
         entry.record = resident
         try:
             held = _write(model, state, entry, value, plan)
@@ -327,7 +333,11 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
     if invoked:
         hook_activation(model, state)
         state.reach_width = max(state.reach_width, 2 + (entry.slot | 1))
+    fixed = (*still, "A") if value.config.freeze_a else still
+    held = put_experts(model, state, plan.modules, entry.slot, value.factors, entry.trainable, fixed) and held
     for path, factors in value.factors.items():
+        if expert_of(path) is not None:
+            continue
         module = plan.modules[path]
         slots = _slots(model, state, module, path, plan)
         bias = value.biases.get(f"{path}.bias")
@@ -619,6 +629,9 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         rslora = resident.config.use_rslora
         A, B = pair
         factors[path] = Factors(kind, A, B, slot.alpha, rslora, blocks, extras, slot.anchored, slot.form)  # type: ignore[arg-type]
+    for path in resident.experts:
+        _present(modules, path, LoRAExperts)
+        factors |= read_experts(modules, entry.slot, path, own, resident.config.use_rslora)
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -696,9 +709,23 @@ def _refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[s
     return problems
 
 
+def _places_of(value: AdapterValue) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of layers with factors, and of modules whose experts have some."""
+    at = {path: expert_of(path) for path in value.factors}
+    experts = dict.fromkeys(found[0].rpartition(".")[0] for found in at.values() if found is not None)
+    return tuple(path for path, found in at.items() if found is None), tuple(experts)
+
+
 @torch.no_grad()
 def _refill(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None:
+    for parameter, stack in stacks(value.factors).items():
+        path, _, name = parameter.rpartition(".")
+        bank = modules[path].lora_slots.banks()[name]
+        for side, part in (("A", stack.A), ("B", stack.B)):
+            assign(bank.get_parameter(f"{side}{index}"), part)
     for path, factors in value.factors.items():
+        if expert_of(path) is not None:
+            continue
         slots: LoRASlots = modules[path].lora_slots
         slot, B = slots.slots[index], factors.B
         if slot.blocks:
@@ -789,6 +816,12 @@ def _erase(model: nn.Module, entry: Entry) -> None:
             module.lora_slots.remove(entry.slot)
             if not module.lora_slots.slots:
                 restore(module)  # the class first: see LoRALinear.forward
+                del module.lora_slots
+        elif isinstance(module, LoRAExperts):
+            for bank in module.lora_slots.banks().values():
+                bank.remove(entry.slot)
+            if not module.lora_slots.slots:
+                restore(module)
                 del module.lora_slots
         elif isinstance(module, LoRAHead):
             if str(entry.slot) in module.lora_heads.copies:

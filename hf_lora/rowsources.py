@@ -15,8 +15,9 @@ from . import architectures as arch
 from .errors import LoRARouteError
 from .state import Entry
 
-__all__ = ["MAPPED", "Rows", "read", "refuse"]
+__all__ = ["MAPPED", "TOKENS", "Rows", "has_experts", "read", "refuse"]
 
+TOKENS = "map:tokens"  # of a module of 3-D expert parameters: (B·T, d), told by the block around it
 MAPPED = "map:"  # how the row_map of a mapped layer begins: "map:grid", "map:experts.expert_0"
 _REMEDY = "Give the inputs as the processor makes them, or run the rows of each adapter as a batch of their own."
 
@@ -81,7 +82,7 @@ def read(
     """
     if type(module).__name__ in arch.EXPERT_LISTS:
         return _experts(module, given, batch, wanted)
-    maps = {}
+    maps = _tokens(given, batch) if TOKENS in wanted and has_experts(module) else {}
     for name in wanted:
         kind = _KINDS.get(name.removeprefix(MAPPED))
         if kind is not None:  # an expert's map is read further in
@@ -92,6 +93,19 @@ def read(
                 for stage in (*source.stages, *tokens)
             )
     return maps
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether it is a block around a module of 3-D expert parameters."""
+    return any(p is not None and p.ndim == 3 for child in module.children() for p in child._parameters.values())
+
+
+def _tokens(given: Mapping[str, Any], batch: int) -> dict[str, tuple[Rows, ...]]:
+    """The row of each token of a block that is given (B, T, d)."""
+    x = next((value for value in given.values() if isinstance(value, Tensor)), None)
+    if x is None or x.dim() != 3 or len(x) != batch:
+        return {}
+    return {TOKENS: (Rows(torch.arange(batch).repeat_interleave(x.shape[1])),)}
 
 
 def _rows_of(

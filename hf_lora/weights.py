@@ -65,9 +65,12 @@ def dense_weight(module: nn.Module) -> Tensor:
     return materialised(module, "weight") if weight.is_meta else whole(weight).detach()
 
 
-def mergeable(module: nn.Module, path: str) -> Tensor:
-    """The layer's dense weight. Raises `LoRAUnsupportedError` where it is quantised or not in memory."""
-    weight = getattr(module, "weight", None)
+def mergeable(module: nn.Module, path: str, name: str = "weight") -> Tensor:
+    """The layer's dense weight, or a parameter of another name.
+
+    Raises `LoRAUnsupportedError` where it is quantised or not in memory.
+    """
+    weight = getattr(module, name, None)
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         found = type(weight).__name__ if not isinstance(weight, Tensor) else str(weight.dtype)
         raise LoRAUnsupportedError(
