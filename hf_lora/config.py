@@ -358,7 +358,7 @@ class LoRAConfig:
     def resolve(self, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
         """(rank, alpha) of every path: as `rank_for` and `alpha_for`, all at once, which is faster."""
         paths = list(paths)
-        if self.target_parameters is not None and any(path.endswith("]") for path in paths):
+        if any(path.endswith("]") for path in paths):
             found = self.resolve(dict.fromkeys(map(parameter_of, paths)))
             return {path: found[parameter_of(path)] for path in paths}
         alpha = float(self.r) if self.alpha is None else self.alpha

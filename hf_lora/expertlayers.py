@@ -18,7 +18,7 @@ from .layers import Swapped
 from .rowmaps import inner_rows, picked
 from .state import Active, Entry, LoRAState, refuse_inner
 
-__all__ = ["ExpertBanks", "ExpertSlots", "LoRAExperts"]
+__all__ = ["ExpertBanks", "ExpertSlots", "LoRAExperts", "banks_of"]
 
 
 class ExpertBanks(LoRABanks):
@@ -27,14 +27,18 @@ class ExpertBanks(LoRABanks):
     experts: int
     turned: bool
 
+    def reserve_experts(self, slots: int, rank: int) -> None:
+        """Room for so many adapters of this rank for each expert."""
+        self.reserve(slots, rank * self.experts)
+
     def pair(self, index: int, weight: float) -> Pair:
         """One adapter's pairs, times `weight`."""
         slot = self.slots[index]
         if slot.trainable:
-            A, B = self.get_parameter(f"A{index}"), self.get_parameter(f"B{index}")
+            own_A, own_B = self.get_parameter(f"A{index}"), self.get_parameter(f"B{index}")
             return Pair(
-                A.view(self.experts, -1, self.in_features),
-                B.view(self.out_features, self.experts, -1).permute(1, 2, 0),
+                own_A.view(self.experts, -1, self.in_features),
+                own_B.view(self.out_features, self.experts, -1).permute(1, 2, 0),
                 slot.scaling * weight,
                 self.turned,
             )
@@ -133,3 +137,11 @@ class LoRAExperts(Swapped):
         if slots is None:  # another thread gave the class back after this forward had been looked up
             return self.forward(*args, **kwargs)
         return slots.run(self, args, kwargs)
+
+
+def banks_of(module: nn.Module) -> list[LoRABanks]:
+    """What adapters hold of the module's weights: one bank of a layer, one for each parameter of experts."""
+    slots: Any = module._modules.get("lora_slots")
+    if isinstance(slots, ExpertSlots):
+        return list(slots.banks().values())
+    return [slots] if isinstance(slots, LoRABanks) else []

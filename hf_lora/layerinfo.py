@@ -79,7 +79,10 @@ _REFUSED = (
         "nn.MultiheadAttention reads this layer's weight and never calls it",
         overridden=False,
     ),
-    _Refused(re.compile("Router|Gate(?!d)"), "a router: its forward returns more than a projection"),
+    _Refused(
+        re.compile("Router|Gate(?!d)"),
+        "a router: its forward returns more than a projection (adapt its experts: target_parameters)",
+    ),
     _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
 )
@@ -143,7 +146,7 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
     if any(_NOT_YET.match(cls.__name__) for cls in type(module).__mro__):
         return "convolutions are not supported yet", True
     if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
-        return "its weights are 3-D parameters (PEFT's target_parameters), which are not supported yet", True
+        return "its weights are 3-D parameters: name these in target_parameters", True
     if isinstance(module, nn.MultiheadAttention):
         return "it holds W_q, W_k and W_v as one parameter and calls no Linear layer", True
     if next(module.children(), None) is not None:

@@ -176,8 +176,8 @@ def _parameters(active: Active, model: nn.Module) -> list[str]:
     found = []
     for entry in active.entries:
         for path in entry.record.experts:
-            banks = model.get_submodule(path).lora_slots.banks()
-            found += [f"{path}.{name}" for name, bank in banks.items() if entry.slot in bank.slots]
+            slots: Any = model.get_submodule(path).lora_slots
+            found += [f"{path}.{name}" for name, bank in slots.banks().items() if entry.slot in bank.slots]
     return list(dict.fromkeys(found))
 
 

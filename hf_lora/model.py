@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .activation import hook_activation, refuse_activation, unhook_activation
 from .config import LoRAConfig
 from .errors import LoRAMismatchError, LoRANameError, LoRARouteError, LoRAStateError, LoRAUnsupportedError
-from .expertlayers import LoRAExperts
+from .expertlayers import ExpertSlots, LoRAExperts
 from .expertnames import expert_of
 from .expertputting import put_experts, read_experts
 from .experts import stacks
@@ -317,6 +317,8 @@ def reserve(model: nn.Module, slots: int | None, rank: int | None = None) -> Non
             held = module._modules.get("lora_slots")
             if isinstance(held, LoRASlots) and any(slot.rank for slot in held.slots.values()):
                 held.reserve(slots, rank)
+            for bank in held.banks().values() if isinstance(held, ExpertSlots) else ():
+                bank.reserve_experts(slots, rank)
 
 
 def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
@@ -334,7 +336,11 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
         hook_activation(model, state)
         state.reach_width = max(state.reach_width, 2 + (entry.slot | 1))
     fixed = (*still, "A") if value.config.freeze_a else still
-    held = put_experts(model, state, plan.modules, entry.slot, value.factors, entry.trainable, fixed) and held
+    kept = put_experts(model, state, plan.modules, entry.slot, value.factors, entry.trainable, fixed)
+    held = held and kept
+    for path in entry.record.experts if _RESERVED in vars(model) else ():
+        for bank in plan.modules[path].lora_slots.banks().values():  # type: ignore[union-attr, operator]
+            bank.reserve_experts(*vars(model)[_RESERVED])
     for path, factors in value.factors.items():
         if expert_of(path) is not None:
             continue
@@ -567,7 +573,7 @@ def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[
         )
     for path, module in modules.items():
         held = module._modules.get("lora_slots") or module._modules.get("lora_heads")
-        if isinstance(held, (LoRASlots, LoRAHeads)) and held.state is not state:
+        if isinstance(held, (LoRASlots, LoRAHeads, ExpertSlots)) and held.state is not state:
             raise LoRAStateError(
                 f"{path} carries adapters that were added through another model (the one inside this, or around it).",
                 name=path,
@@ -579,7 +585,7 @@ def _refuse_managed(model: nn.Module, entries: Iterable[Entry], what: str) -> No
     """Refuse to take off a sharded model what fully_shard() manages: Parameters, and the classes of its own modules."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for entry in entries:
-        layers = [modules.get(path) for path in entry.record.layers]
+        layers = [modules.get(path) for path in (*entry.record.layers, *entry.record.experts)]
         beneath = any(isinstance(m, Swapped) and "lora_base" not in vars(type(m)) for m in layers)
         if entry.trainable or entry.record.heads or beneath:
             refuse_sharded(
