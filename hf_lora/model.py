@@ -29,6 +29,7 @@ from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, Swapped, restore, swap
+from .oldnames import as_now
 from .replication import replicated, restore_layers
 from .rounding import rounding_of
 from .routing import batch_of
@@ -222,7 +223,7 @@ def _put(
     finite: bool,
 ) -> None:
     state, modules = state_of(model), modules_of(model)
-    value = unpooled(value, modules)
+    value = unpooled(as_now(model, value, modules, trainable=trainable), modules)
     _require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
