@@ -15,6 +15,7 @@ from .bases import hub_id, same_base
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError
 from .expertnames import expert_of
+from .experts import even
 from .values import AdapterValue, Factors, refuse_extras
 
 __all__ = [
@@ -228,6 +229,7 @@ def common_embeddings(adapters: Sequence[AdapterValue], *, force: bool) -> dict[
 
 def described(value: V) -> V:
     """`value` with the config that its files will say, so that it is read back equal."""
+    value = dataclasses.replace(value, factors=even(value.factors))
     return dataclasses.replace(value, config=LoRAConfig.from_peft(layout.disk_config(value).to_peft()))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .banks import LoRABanks
+from .errors import LoRARouteError
 from .expertproxy import Adapted, Pair
 from .layers import Swapped
 from .rowmaps import inner_rows, picked
@@ -104,7 +105,15 @@ class ExpertSlots(nn.Module):
         """Each adapter's tokens in a forward of their own, and those of the base in one."""
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         x = given[0]
-        rows, axis = inner_rows(active, x, self.row_map)
+        try:
+            rows, axis = inner_rows(active, x, self.row_map)
+        except LoRARouteError as error:
+            raise LoRARouteError(
+                f"{self.path}: no route can be told apart here: the block around the experts was compiled, or "
+                "is not given (rows, tokens, features).",
+                name=self.path,
+                remedy="Run it without torch.compile, or the rows of each adapter as a batch of their own.",
+            ) from error
         if axis or not any(t.dtype == torch.int64 and t.dim() == 2 and len(t) == len(x) for t in given[1:]):
             refuse_inner()  # its tokens are in another order, or padded
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .config import LoRAConfig
-from .errors import LoRAFileError
+from .errors import LoRAFileError, LoRAUnsupportedError
 from .expertnames import expert_of, matching, order, path_of
 from .values import Factors
 
-__all__ = ["Stack", "in_files", "named", "rank_major", "stacks"]
+__all__ = ["Stack", "even", "in_files", "named", "rank_major", "stacks"]
 
 _INNER = ".base_layer"
 
@@ -98,6 +98,15 @@ def stacks(factors: Mapping[str, Factors], counts: Mapping[str, int] | None = No
     }
 
 
+def even(factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+    """The same with one rank and scaling for all experts of a parameter, as files have them."""
+    found = stacks(factors)
+    if not found:
+        return factors
+    rest = {path: pair for path, pair in factors.items() if expert_of(path) is None}
+    return rest | {path: pair for parameter, stack in found.items() for path, pair in stack.pairs(parameter)}
+
+
 def rank_major(B: Tensor, experts: int, *, back: bool = False) -> Tensor:
     """B (out, E·r) as files have it, (out, r·E); `back`: the other way."""
     first = B.shape[1] // experts if back else experts
@@ -114,7 +123,7 @@ def named(config: LoRAConfig, rows: Mapping[str, int], source: str) -> dict[str,
         rows: of A, by the pair's path.
 
     Raises:
-        LoRAFileError: the config does not say of which.
+        LoRAFileError: the config does not say of which. LoRAUnsupportedError: they are of a layer's weight.
     """
     if config.target_parameters is None:
         return {}
@@ -124,7 +133,14 @@ def named(config: LoRAConfig, rows: Mapping[str, int], source: str) -> dict[str,
     found: dict[str, str] = {}
     for module, held in by_module.items():
         names = _parameters_at(config, module)
-        if held == [module] and (not names or rows.get(module) == config.rank_for(module)):
+        if held == [module] and names == ["weight"] and rows[module] == config.rank_for(f"{module}.weight"):
+            raise LoRAUnsupportedError(
+                f"{source}: target_parameters names {module}.weight, which is a matrix: the weight of a layer.",
+                name="target_parameters",
+                value=f"{module}.weight",
+                remedy=f"Name {module.rpartition('.')[2]!r} in target_modules instead: that is the same computation.",
+            )
+        if held == [module] and (not names or rows[module] == config.rank_for(module)):
             continue  # a layer: a name without a dot matches in every module
         expected = [module + _INNER * depth for depth in reversed(range(len(names)))]
         if sorted(expected) != sorted(held):

@@ -66,9 +66,7 @@ def as_now(
 _Part = tuple[ExpertTarget, int, int, int]  # the parameter, the expert, which of its parts, and of how many
 
 
-def _placed(
-    model: Any, paths: list[str], modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, str], dict[str, _Part]]:
+def _placed(model: Any, paths: list[str], modules: Mapping[str, nn.Module]) -> tuple[dict[str, str], dict[str, _Part]]:
     """The layers that have other names now, and those that became a part of a parameter."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
