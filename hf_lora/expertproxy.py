@@ -141,15 +141,16 @@ class Adapted:
         name = getattr(func, "__name__", None) or str(func)
         compute = _COMPUTED.get(name.removeprefix("__").removesuffix("__"))
         if compute is None:
-            own = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Adapted))
-            _refuse(own, f"torch's {name}")
+            given = (*args, *(kwargs or {}).values())
+            _refuse(next((a for a in given if isinstance(a, Adapted)), None), f"torch's {name}")
         return compute(func, *args, **(kwargs or {}))
 
 
-def _refuse(own: Adapted, what: str) -> NoReturn:
+def _refuse(own: Adapted | None, what: str) -> NoReturn:
+    name = "experts" if own is None else own.name  # it may stand in a list
     raise LoRAUnsupportedError(
-        f"{own.name}: this model's forward asks of the experts' parameter what is not computed with a LoRA: {what}.",
-        name=own.name,
+        f"{name}: this model's forward asks of the experts' parameter what is not computed with a LoRA: {what}.",
+        name=name,
         value=what,
         remedy='Use experts_implementation="eager", "grouped_mm" or "batched_mm", or merge_lora() and run it merged.',
     )

@@ -93,7 +93,7 @@ def _placed(model: Any, paths: list[str], modules: Mapping[str, nn.Module]) -> t
         made = tuple(type(operation).__name__ for operation in entry.operations)
         if made not in _FUSING or info.turned:
             raise LoRAUnsupportedError(
-                f"{path}: transformers makes {key} of it by {', '.join(made)}, which a pair of factors does not follow.",
+                f"{path}: transformers makes {key} of it by {', '.join(made)}, which no pair of factors follows.",
                 name=path,
                 value=made,
                 remedy="Merge the adapter with the release that it was made for.",

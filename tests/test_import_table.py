@@ -21,12 +21,13 @@ TABLE: dict[str, str] = {
     "errors": "",
     "extras": "",
     "forms": "errors",
+    "expertnames": "",
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
     "initnames": "errors fields",
     "variantfields": "errors fields",
-    "config": "errors fields initnames patterns variantfields",
+    "config": "errors expertnames fields initnames patterns variantfields",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -44,7 +45,8 @@ TABLE: dict[str, str] = {
     "layerinfo": "architectures",
     "survey": "architectures layerinfo rows",
     "matching": "architectures errors layerinfo patterns survey",
-    "targeting": "architectures batches config errors layerinfo matching patterns survey",
+    "experttargets": "config errors expertnames layerinfo",
+    "targeting": "architectures batches config errors experttargets layerinfo matching patterns survey",
     # layers
     "weights": "errors sharding",
     "rounding": "",
@@ -55,20 +57,23 @@ TABLE: dict[str, str] = {
     "activation": "errors layerinfo rowmaps state",
     "banks": "extras forms functional state variants",
     "slots": "activation banks dropout functional fused routing rowmaps state variants",
+    "expertproxy": "errors",
+    "expertlayers": "banks errors expertproxy layers rowmaps state",
     "layers": "errors functional routing rowmaps slots state variants weights",
     # the adapter as a value, and on disk
     "facts": "errors",
     "values": "config errors extras forms",
+    "experts": "config errors expertnames values",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
     "sparsify": "",
     "lowrank": "spectrum values",
-    "agreement": "bases config errors layout values",
+    "agreement": "bases config errors expertnames experts layout values",
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
-    "layout": "config errors extras forms values",
+    "layout": "config errors expertnames experts extras forms values",
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
@@ -78,29 +83,31 @@ TABLE: dict[str, str] = {
     "hub": "bases card errors facts health hub_errors store values",
     # a value on a model
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
-    "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
-    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
-    "model": "activation config errors extras facts fitting initial inits layerinfo layers replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
+    "expertputting": "batches config errors expertlayers expertnames experts experttargets inits layers rowsources slots state values weights",  # noqa: E501
+    "oldnames": "errors expertnames experts experttargets layout values",
+    "initial": "config errors expertputting extras fitting forms inits layerinfo targeting values variants weights",
+    "fitting": "batches config errors expertnames expertputting extras layerinfo layers quantised rounding sharding state targeting values weights",  # noqa: E501
+    "model": "activation config errors expertlayers expertnames expertputting experts extras facts fitting initial inits layerinfo layers oldnames replication rounding routing rowmaps sharding slots state targeting values variants weights",  # noqa: E501
     "switching": "errors model state",
     "ties": "errors layerinfo",
-    "merging": "errors exact extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
-    "optimizer": "errors layers model",
+    "merging": "errors exact expertnames extras layerinfo layers model replication sharding state switching targeting ties values variants weights workers",  # noqa: E501
+    "optimizer": "errors expertlayers layers model",
     "kasa": "errors layers model",
     "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
     "summary": "errors extras layerinfo model slots state switching targeting values",
-    "loading": "bases errors hub layerinfo layers model sharding store values",
+    "loading": "bases errors expertnames hub layerinfo layers model sharding store values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
     "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "integrations": "activation bases card config errors expertlayers facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
+    "export": "bases config errors exact expertnames extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
-    "planning": "architectures config errors fields initial model slots store survey targeting",
+    "planning": "architectures banks config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",
     "importance": "lowrank spectrum values",
