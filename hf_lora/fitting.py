@@ -182,7 +182,12 @@ def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.M
 
 def _dtype_at(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> torch.dtype:
     at = expert_of(path)
-    return compute_dtype(modules[path], model) if at is None else model.get_parameter(at[0]).dtype
+    if at is None:
+        return compute_dtype(modules[path], model)
+    owner, _, name = at[0].rpartition(".")
+    parameter = modules[owner]._parameters[name]
+    assert parameter is not None
+    return parameter.dtype
 
 
 def _missing(

@@ -102,8 +102,8 @@ def has_experts(module: nn.Module) -> bool:
 
 def _tokens(given: Mapping[str, Any], batch: int) -> dict[str, tuple[Rows, ...]]:
     """The row of each token of a block that is given (B, T, d)."""
-    x = next((value for value in given.values() if isinstance(value, Tensor)), None)
-    if x is None or x.dim() != 3 or len(x) != batch:
+    x = given.get("hidden_states", next((value for value in given.values() if isinstance(value, Tensor)), None))
+    if not isinstance(x, Tensor) or x.dim() != 3 or len(x) != batch:
         return {}
     return {TOKENS: (Rows(torch.arange(batch).repeat_interleave(x.shape[1])),)}
 

@@ -42,6 +42,27 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "head_dim": 8}),
 }
+# Experts beside a layer's MLP; all experts' tokens in one product; lists of tokens.
+FURTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {"head_dim": 8, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+        | {"hidden_size_per_layer_input": 0},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
+    ),
+}
+NAMES = dict.fromkeys(("gemma4", "llama4"), ["experts.gate_up_proj", "experts.down_proj"])
+NAMES["jetmoe"] = ["input_linear.weight", "output_linear.weight"]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _BUILT: dict[str, Any] = {}
 
@@ -51,7 +72,7 @@ def build(name: str, implementation: str = "eager") -> Any:
     if name not in _BUILT:
         import transformers
 
-        config, model, fields = MODELS[name]
+        config, model, fields = {**MODELS, **FURTHER}[name]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             made = getattr(transformers, model)(getattr(transformers, config)(**{**SIZES, **fields})).eval()
@@ -62,7 +83,8 @@ def build(name: str, implementation: str = "eager") -> Any:
                     parameter.data.add_(0.1 * torch.randn_like(parameter))
         _BUILT[name] = made
     model = copy.deepcopy(_BUILT[name])
-    model.set_experts_implementation(implementation)
+    if implementation != "eager" or name in MODELS:
+        model.set_experts_implementation(implementation)
     return model
 
 
@@ -225,6 +247,22 @@ def test_each_row_takes_its_own(name: str, implementation: str) -> None:
                 assert close(found[i : i + 1], logits(model, one))
                 if generated is not None:
                     assert torch.equal(generated[i : i + 1], model.generate(**one, max_new_tokens=2, do_sample=False))
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_experts_of_other_forms(peft: Any, tmp_path: Any, name: str) -> None:
+    model = added(build(name), "a", target_modules=[], target_parameters=NAMES[name])
+    expected = logits(model, ids(2))
+    model.save_lora(tmp_path)
+    assert close(logits(peft.PeftModel.from_pretrained(build(name), tmp_path), ids(2)), expected)
+    with model.route_lora(["a", None]):
+        if name == "gemma4":
+            found = logits(model, ids(2))
+            assert close(found[:1], expected[:1])
+            assert not close(found[1:], expected[1:], 1e-3)
+        else:
+            with pytest.raises(LoRARouteError, match=r"experts|rows"):
+                logits(model, ids(2))
 
 
 def test_routed_rows_train(batch: Any) -> None:
