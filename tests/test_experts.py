@@ -61,7 +61,7 @@ FURTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
     ),
 }
-NAMES = dict.fromkeys(("gemma4", "llama4"), ["experts.gate_up_proj", "experts.down_proj"])
+NAMES = {name: ["experts.gate_up_proj", "experts.down_proj"] for name in ("gemma4", "llama4")}
 NAMES["jetmoe"] = ["input_linear.weight", "output_linear.weight"]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _BUILT: dict[str, Any] = {}
@@ -367,6 +367,26 @@ def test_compiled_with_a_break_at_the_experts() -> None:
             assert close(compiled(x), block(x))
     with model.route_lora(["a", None]), torch.no_grad(), pytest.raises(LoRARouteError, match="compiled"):
         compiled(x)
+
+
+def test_a_pool_takes_turns_with_them(tmp_path: Any) -> None:
+    from hf_lora.pool import LoRAPool
+
+    model, expected = build("mixtral"), {}
+    for seed in range(3):
+        own = added(build("mixtral"), seed=seed)
+        own.save_lora(tmp_path / str(seed))
+        expected[str(tmp_path / str(seed))] = logits(own, ids(1))
+    with LoRAPool(model, max_rank=2) as small, pytest.raises(hf_lora.errors.LoRAError, match="rank 3"):
+        small.acquire(next(iter(expected)))
+    with LoRAPool(model, device_slots=2, max_rank=4) as pool:
+        banks = set()
+        for path, found in [*expected.items(), *expected.items()]:
+            with pool.route([path]):
+                assert close(logits(model, ids(1)), found)
+            banks.add(id(model.model.layers[0].mlp.experts.lora_slots.down_proj.bank_A))
+        assert len(banks) == 1  # room for every slot was made at once
+    assert not hasattr(model, "_lora_state")
 
 
 def test_plan_and_summary_count_them() -> None:
