@@ -82,7 +82,9 @@ def read(
     """
     if type(module).__name__ in arch.EXPERT_LISTS:
         return _experts(module, given, batch, wanted)
-    maps = _tokens(given, batch) if TOKENS in wanted and has_experts(module) else {}
+    if has_experts(module):
+        return _tokens(given, batch) if TOKENS in wanted else {}
+    maps = {}
     for name in wanted:
         kind = _KINDS.get(name.removeprefix(MAPPED))
         if kind is not None:  # an expert's map is read further in
@@ -97,7 +99,10 @@ def read(
 
 def has_experts(module: nn.Module) -> bool:
     """Whether it is a block around a module of 3-D expert parameters."""
-    return any(p is not None and p.ndim == 3 for child in module.children() for p in child._parameters.values())
+    if hasattr(module, "base_model_prefix"):  # a model
+        return False
+    children = (child for child in module.children() if not isinstance(child, nn.modules.conv._ConvNd))
+    return any(p is not None and p.ndim == 3 for child in children for p in child._parameters.values())
 
 
 def _tokens(given: Mapping[str, Any], batch: int) -> dict[str, tuple[Rows, ...]]:
