@@ -23,6 +23,7 @@ from hf_lora.errors import (
 )
 from hf_lora.expertproxy import Adapted, Pair
 from hf_lora.model import read
+from hf_lora.values import Factors
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SIZES: dict[str, Any] = {
@@ -222,6 +223,42 @@ def test_an_expert_that_no_token_reaches_costs_nothing() -> None:
         with torch.no_grad(), Largest() as seen:
             model(**ids(1, 1))
         assert seen.found < wide * 8 * 4 * 3  # a few experts' A at most, of 64
+
+
+def test_the_backward_makes_each_factors_gradient_once() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        stacks = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.dim() == 3 and len(output) == 4:  # (E, r, ...)
+                self.stacks += "select_backward" in str(func)
+            return output
+
+    model = added(build("mixtral"), target_modules=[])
+    loss = model(**ids()).logits.sum()
+    with Seen() as seen:
+        loss.backward()
+    assert seen.stacks == 0  # one of the whole factor for each expert that was reached
+
+
+def test_parameters_in_another_order_than_files_tell_are_refused() -> None:
+    from hf_lora.expertputting import expert_problems
+
+    module = torch.nn.Module()
+    module.down_proj = torch.nn.Parameter(torch.zeros(2, 4, 3))
+    module.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 6, 4))
+    pairs = {"down_proj": (3, 4), "gate_up_proj": (4, 6)}
+    factors = {
+        f"experts.{name}[{e}]": Factors("linear", torch.ones(1, wide), torch.ones(out, 1), 1.0)
+        for name, (wide, out) in pairs.items()
+        for e in range(2)
+    }
+    problems = expert_problems(factors, {"experts": module})
+    assert len(problems) == 1
+    assert "order" in problems[0]
 
 
 # ---- every verb ------------------------------------------------------------------------------------------------------
