@@ -14,6 +14,8 @@ from . import layout
 from .bases import hub_id, same_base
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAMismatchError
+from .expertnames import expert_of
+from .experts import even
 from .values import AdapterValue, Factors, refuse_extras
 
 __all__ = [
@@ -227,6 +229,7 @@ def common_embeddings(adapters: Sequence[AdapterValue], *, force: bool) -> dict[
 
 def described(value: V) -> V:
     """`value` with the config that its files will say, so that it is read back equal."""
+    value = dataclasses.replace(value, factors=even(value.factors))
     return dataclasses.replace(value, config=LoRAConfig.from_peft(layout.disk_config(value).to_peft()))
 
 
@@ -237,6 +240,9 @@ def common_config(adapters: Sequence[AdapterValue], factors: Mapping[str, Factor
     changes: dict[str, Any] = {"base_model": named.base_model, "revision": named.revision}
     if len(adapters) > 1:
         changes |= {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+        parameters = {name for config in configs for name in config.target_parameters or ()}
+        if parameters:
+            changes |= {"target_parameters": sorted(parameters), "dropout": 0.0}
         selections = [(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs]
         if any(selection != selections[0] for selection in selections):
             lists = [
@@ -244,9 +250,10 @@ def common_config(adapters: Sequence[AdapterValue], factors: Mapping[str, Factor
                 for targets, *limits in selections
                 if isinstance(targets, tuple) and not any(limit is not None for limit in limits)
             ]
+            layers = [path for path in factors if expert_of(path) is None]
             together = {name for targets in lists for name in targets}
             changes |= {
-                "target_modules": sorted(together if len(lists) == len(selections) else factors),
+                "target_modules": sorted(together if len(lists) == len(selections) else layers),
                 "exclude_modules": None,
                 "layers_to_transform": None,
                 "layers_pattern": None,

@@ -47,6 +47,7 @@ class Resident:
     layers: tuple[str, ...]  # paths of layers with factors
     biases: tuple[str, ...]  # paths of parameters
     heads: tuple[str, ...]  # paths of modules trained whole
+    experts: tuple[str, ...] = ()  # paths of modules with pairs of their 3-D parameters' experts
     value: AdapterValue | None = None  # a frozen adapter as it came, unless the banks hold every bit of it
     skipped: tuple[str, ...] = ()  # what targeting left out, for the summary
     architecture: str | None = ""  # whose table gave the roles; None: told from structure; "": loaded, roles not needed

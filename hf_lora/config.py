@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from . import fields, initnames, tokenfields, variantfields
 from .errors import LoRAConfigError, LoRAUnsupportedError
+from .expertnames import parameter_of
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
 
@@ -87,6 +88,7 @@ _OWN = {
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
     "layer_replication": "layer_replication",
+    "target_parameters": "target_parameters",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "modules_to_save": "modules_to_save",
@@ -186,6 +188,8 @@ class LoRAConfig:
         r: the rank, a positive integer.
         target_modules: roles or module names (a list: each matches a whole path or its last components), a regular
             expression matched against whole paths (a string), or "all-linear". None: the model's usual targets.
+        target_parameters: experts' 3-D parameters to adapt, such as "mlp.experts.gate_up_proj": a whole path, or its
+            end after a dot. `target_modules=[]` adapts nothing else.
         alpha: positive; None means `r`, so that scaling is 1 as in the paper.
         dropout: probability in [0, 1) of dropping an input of A while training.
         use_rslora: scale by alpha/√r.
@@ -238,6 +242,7 @@ class LoRAConfig:
 
     r: int = 8
     target_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     alpha: float | None = None
     dropout: float = 0.0
     use_rslora: bool = False
@@ -289,7 +294,9 @@ class LoRAConfig:
         put("init_options", initnames.options(self.init, self.init_options))
         for name in ("task_type", "base_model", "revision"):
             fields.optional_text(name, getattr(self, name))
-        put("target_modules", fields.names_or_regex("target_modules", self.target_modules))
+        put("target_parameters", fields.optional_names("target_parameters", self.target_parameters) or None)
+        alone = self.target_parameters is not None and fields.is_empty(self.target_modules)
+        put("target_modules", () if alone else fields.names_or_regex("target_modules", self.target_modules))
         put("exclude_modules", fields.names_or_regex("exclude_modules", self.exclude_modules, empty=True))
         put("layers_to_transform", fields.layers(self.layers_to_transform))
         put("layers_pattern", fields.layer_names(self.layers_pattern))
@@ -368,6 +375,9 @@ class LoRAConfig:
     def resolve(self, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
         """(rank, alpha) of every path: as `rank_for` and `alpha_for`, all at once, which is faster."""
         paths = list(paths)
+        if any(path.endswith("]") for path in paths):
+            found = self.resolve(dict.fromkeys(map(parameter_of, paths)))
+            return {path: found[parameter_of(path)] for path in paths}
         alpha = float(self.r) if self.alpha is None else self.alpha
         ranks = suffix_regex_lookup(tuple(self.rank_pattern), paths) if self.rank_pattern else {}
         alphas = (
@@ -477,9 +487,7 @@ class LoRAConfig:
         for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if own.get(name) in ([], ""):
                 own[name] = None
-        if own.get("target_modules") == [] and kept.get("target_parameters"):
-            own["target_modules"] = None  # the only use that PEFT has for an empty list
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             names = own.get(name)
             if isinstance(names, list) and all(isinstance(item, str) for item in names):
                 # PEFT holds targets as a set (no order, duplicates without meaning) and repeats heads when it adds them
@@ -496,7 +504,7 @@ class LoRAConfig:
             elif isinstance(value, Mapping):
                 value = {key: list(i) if isinstance(i, tuple) else _number(i) for key, i in value.items()}
             written[theirs] = value
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(written[name], list):
                 written[name].sort()
         written["lora_alpha"] = _number(self.r if self.alpha is None else self.alpha)

@@ -128,6 +128,11 @@ def names_or_regex(name: str, value: Any, *, empty: bool = False) -> str | tuple
     return names or None
 
 
+def is_empty(value: Any) -> bool:
+    """Whether it is a list, tuple or set of nothing."""
+    return isinstance(value, list | tuple | set | frozenset) and not value
+
+
 def optional_names(name: str, value: Any) -> tuple[str, ...] | None:
     """Names or None; a bare string is refused, as it would be taken letter by letter."""
     if isinstance(value, str):
@@ -219,6 +224,11 @@ def block_diagonal(value: Any) -> FrozenMapping[str, Any] | None:
     return FrozenMapping(found)
 
 
+_PARAMETERS_APART = (
+    *("use_dora", "lora_bias", "kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config"),
+    *("alora_invocation_tokens", "layer_replication", "fan_in_fan_out"),
+)
+
 # Fields that have no meaning together, and why.
 _APART = (
     ("use_bdlora", "use_qalora", "neither says of which form A is"),
@@ -229,6 +239,8 @@ _APART = (
         for form in ("use_bdlora", "use_qalora")
         for step in ("velora_config", "monteclora_config")
     ),
+    *(("target_parameters", name, "it is not computed for the experts' parameters") for name in _PARAMETERS_APART),
+    ("target_parameters", "dropout", "the input of A cannot be dropped where the pair is part of a parameter"),
 )
 
 

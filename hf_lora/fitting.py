@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .batches import row_maps
 from .errors import LoRAMismatchError
+from .expertnames import expert_of, path_of
+from .expertputting import expert_problems
 from .extras import EXTRAS
 from .layerinfo import is_held, modules_of, out_of
 from .layers import BIAS_ADDED, LoRAHead, LoRALinear
@@ -78,8 +80,11 @@ def make_plan(
     problems: list[str] = []
     rounding = rounding_of(value.config)
     heads = {h for e in (state.entries.values() if state else ()) for h in e.record.heads}
+    problems += expert_problems(value.factors, modules)
     for path, factors in value.factors.items():
         module = modules.get(path)
+        if expert_of(path) is not None:
+            continue
         if module is None:
             problems.append(f"{path}: the model has no such module")
             continue
@@ -219,7 +224,7 @@ def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.M
     for path, what, tensor, scaling in changes:
         dtype = dtypes.get(path)
         if dtype is None:
-            dtype = dtypes[path] = compute_dtype(modules[path], model)
+            dtype = dtypes[path] = _dtype_at(model, modules, path)
         key = (dtype, tensor.dtype, scaling)
         if key not in fits:
             fits[key] = torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max / max(abs(scaling), 1)
@@ -229,6 +234,16 @@ def _overflows(model: nn.Module, value: AdapterValue, modules: Mapping[str, nn.M
         if largest > most:
             problems.append(f"{path}: {what} reaches {largest:.3g}, which {dtype} cannot hold (most {most:.3g})")
     return problems
+
+
+def _dtype_at(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> torch.dtype:
+    at = expert_of(path)
+    if at is None:
+        return compute_dtype(modules[path], model)
+    owner, _, name = at[0].rpartition(".")
+    parameter = modules[owner]._parameters[name]
+    assert parameter is not None
+    return parameter.dtype
 
 
 def _missing(
@@ -243,7 +258,7 @@ def _missing(
     missing = [path for path in targets if path not in value.factors and beside[path] not in value.factors]
     wanted: list[str] = []
     if value.config.bias != "none":
-        biases = [f"{path}.bias" for path in value.factors if getattr(modules[path], "bias", None) is not None]
+        biases = [f"{path}.bias" for path in value.factors if getattr(modules.get(path), "bias", None) is not None]
         wanted = [path for path in biases if path not in value.biases]
     return (
         [f"{path}: the config names it, the file has no factors for it" for path in missing]
@@ -263,14 +278,15 @@ def _named(
     c = value.config
     asked = (
         *(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern),
-        *(c.modules_to_save, c.task_type),
+        *(c.modules_to_save, c.task_type, c.target_parameters),
     )
     known = {} if state is None else state.facts.setdefault("named", {})
     layers = tuple((path, getattr(type(m), "lora_base", type(m))) for path, m in modules.items())
     found = known.get(asked)
     if found is None or found[0] != layers:
         resolved = resolve(model, c, from_file=True)
-        found = (layers, tuple(target.path for target in resolved.targets), resolved.heads)
+        experts = [path_of(target.path, e) for target in resolved.parameters for e in range(target.experts)]
+        found = (layers, (*(target.path for target in resolved.targets), *experts), resolved.heads)
         if len(known) < _MOST_NAMED:
             known[asked] = found
     return found[1:]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .errors import LoRANameError, LoRAStateError, LoRAUnsupportedError
+from .expertlayers import ExpertSlots
 from .layers import LoRAHeads, Swapped
 from .sharding import refuse_sharded
 from .slots import LoRASlots
@@ -65,7 +66,7 @@ def refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[s
         )
     for path, module in modules.items():
         held = module._modules.get("lora_slots") or module._modules.get("lora_heads")
-        if isinstance(held, (LoRASlots, LoRAHeads)) and held.state is not state:
+        if isinstance(held, (LoRASlots, LoRAHeads, ExpertSlots)) and held.state is not state:
             raise LoRAStateError(
                 f"{path} carries adapters that were added through another model (the one inside this, or around it).",
                 name=path,
@@ -77,7 +78,7 @@ def refuse_managed(model: nn.Module, entries: Iterable[Entry], what: str) -> Non
     """Refuse to take off a sharded model what fully_shard() manages: Parameters, and the classes of its own modules."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for entry in entries:
-        layers = [modules.get(path) for path in entry.record.layers]
+        layers = [modules.get(path) for path in (*entry.record.layers, *entry.record.experts)]
         beneath = any(isinstance(m, Swapped) and "lora_base" not in vars(type(m)) for m in layers)
         if entry.trainable or entry.record.heads or beneath:
             refuse_sharded(

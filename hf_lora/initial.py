@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRAUnsupportedError
+from .expertputting import initial_experts
 from .extras import EXTRAS, asked_for
 from .fitting import adds_bias, base_state, weight_problem
 from .forms import Form, form_of
@@ -99,6 +100,7 @@ def initial_value(
         )
         factors[target.path] = with_extras(module, target.path, pair, config) if asked_for(config) else pair
     tied_pairs(config, factors, group_of(model) if config.ensure_weight_tying else ())
+    factors |= initial_experts(model, config, found.parameters)
     if init.anchored:
         config = _doubled(config)
     if quantised and config.init == "loftq":  # the base holds what the pair was made for: a plain LoRA

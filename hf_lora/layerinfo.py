@@ -95,7 +95,10 @@ class _Refused:
 
 
 _REFUSED = (
-    _Refused(re.compile("Router|Gate(?!d)"), "a router: its forward returns more than a projection"),
+    _Refused(
+        re.compile("Router|Gate(?!d)"),
+        "a router: its forward returns more than a projection (adapt its experts: target_parameters)",
+    ),
     _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
 )
@@ -171,7 +174,7 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return _odd_convolution(module) or "another convolution than Conv1d, Conv2d and Conv3d", True
     if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
-        return "its weights are 3-D parameters (PEFT's target_parameters), which are not supported yet", True
+        return "its weights are 3-D parameters: name these in target_parameters", True
     if isinstance(module, nn.MultiheadAttention):
         return _odd_attention(module) or "a layer", True
     if next(module.children(), None) is not None:

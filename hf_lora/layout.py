@@ -19,6 +19,8 @@ from torch import Tensor
 from .attentionpairs import TWICE, around, file_path, filled, model_path, taken_down
 from .config import LoRAConfig
 from .errors import LoRAError, LoRAFileError, LoRAUnsupportedError
+from .expertnames import expert_of, matching
+from .experts import Stack, in_files, named, rank_major, stacks
 from .extras import EXTRAS, SCRATCH, asked_for, beside
 from .forms import Form, form_of, forms_asked
 from .tokenfields import ROWS, ids_of
@@ -101,6 +103,7 @@ class Plan:
     forms: dict[str, Form] = field(default_factory=dict)  # of those that are not stored whole
     kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of convolutions
     groups: dict[str, int] = field(default_factory=dict)  # of the same
+    experts: dict[str, int] = field(default_factory=dict)  # paths of 3-D parameters -> how many experts
 
 
 def make_plan(config: LoRAConfig, specs: Mapping[str, Spec], source: str) -> Plan:
@@ -241,6 +244,9 @@ def _refuse_foreign(foreign: Mapping[str, str], source: str) -> None:
 
 def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], source: str, problems: list[str]) -> None:
     higher: dict[str, str] = {}
+    rows = {path: specs[pair["A"]][1][:1] for path, pair in plan.factors.items() if "A" in pair}
+    parameters = named(config, {path: shape[0] if shape else 0 for path, shape in rows.items()}, source)
+    plan.factors = {parameters.get(path, path): pair for path, pair in plan.factors.items()}
     outs = {path: path.rpartition(".")[0] for path, pair in plan.factors.items() if pair["kind"] == "attention"}
     for path in outs.values():
         if path in plan.factors:
@@ -273,6 +279,8 @@ def _check_factors(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], so
                 problems.append(f"{path!r}: lora_A {list(a)} and lora_B {list(b)} are not matrices")
         elif a[0] != b[1]:
             problems.append(f"{path!r}: lora_A {list(a)} has rank {a[0]}, lora_B {list(b)} has rank {b[1]}")
+        elif path in parameters.values() and a[0] % rank == 0:
+            plan.experts[path] = a[0] // rank
         elif a[0] != rank:
             problems.append(f"{path!r}: its tensors have rank {a[0]}, the config says {rank}")
         elif 0 in a or 0 in b:
@@ -410,6 +418,11 @@ def assemble(
     if unknown:
         raise LoRAFileError(f"{source} has blocks for {unknown}, which have no factors.", name=unknown[0])
     try:
+        stacked = {
+            path: Stack(A, rank_major(B, n, back=True), n, plan.resolved[path][1], config.use_rslora)
+            for path, n in plan.experts.items()
+            for A, B in [[tensors[plan.factors[path][part]] for part in ("A", "B")]]
+        }
         factors = {
             path: Factors(
                 **_pair(plan, path, tensors, blocks.get(path, ())),
@@ -418,7 +431,10 @@ def assemble(
                 extras={part: tensors[name].view(-1) for part, name in plan.extras.get(path, {}).items()},
             )
             for path, pair in plan.factors.items()
+            if path not in plan.experts
         }
+        for path, stack in stacked.items():
+            factors |= stack.pairs(path)
         return AdapterValue(
             config,
             taken_down(factors),
@@ -496,7 +512,11 @@ def from_state_dict(
 def to_state_dict(value: AdapterValue) -> dict[str, Tensor]:
     """PEFT's state dict of an adapter: what adapter_model.safetensors holds. The tensors are not copied."""
     found: dict[str, Tensor] = {}
-    for path, factors in filled(value.factors).items():
+    for path, stack in in_files(stacks(value.factors)).items():
+        found[f"{PREFIX}{path}.lora_A.weight"] = stack.A
+        found[f"{PREFIX}{path}.lora_B.weight"] = rank_major(stack.B, stack.experts)
+    layers = {path: factors for path, factors in value.factors.items() if expert_of(path) is None}
+    for path, factors in filled(layers).items():
         A, B = factors.stored()
         path = file_path(path, factors)
         if factors.kind == "embedding":
@@ -526,18 +546,21 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     lora_alpha, for loaders that ignore the patterns. Targets stay if they are a list each of whose names ends an
     adapted path and that leaves none out; otherwise they become the full paths.
     """
-    config = value.config
-    factors = {around(path, pair) or path: pair for path, pair in filled(value.factors).items()}
-    actual = {path: (pair.rank, float(pair.alpha)) for path, pair in factors.items()}
-    rslora = {pair.use_rslora for pair in factors.values()}
+    config, parameters = value.config, stacks(value.factors)
+    own = filled({path: pair for path, pair in value.factors.items() if expert_of(path) is None})
+    factors = {around(path, pair) or path: pair for path, pair in own.items()}
+    layers = list(factors)
+    every: dict[str, Factors | Stack] = {**factors, **parameters}
+    actual = {path: (pair.rank, float(pair.alpha)) for path, pair in every.items()}
+    rslora = {pair.use_rslora for pair in every.values()}
     if len(rslora) > 1:
-        mixed = next(path for path, pair in factors.items() if pair.use_rslora != config.use_rslora)
+        mixed = next(path for path, pair in every.items() if pair.use_rslora != config.use_rslora)
         raise LoRAFileError(
             f"Some factors scale by alpha/√r and some by alpha/r ({mixed!r}), which PEFT's format cannot say.",
             name=mixed,
         )
     changes: dict[str, Any] = {"use_rslora": rslora.pop()}
-    if config.resolve(factors) != actual:
+    if config.resolve(every) != actual:
         (r, alpha), _ = Counter(actual.values()).most_common(1)[0]
         changes |= {
             "r": r,
@@ -548,9 +571,13 @@ def disk_config(value: AdapterValue) -> LoRAConfig:
     elif config.alpha is None:
         changes["alpha"] = float(config.r)
     targets = config.target_modules
-    if not isinstance(targets, tuple) or not _closed(targets, factors):
+    wanted = config.target_parameters or ()
+    closed = all(any(matching([name], path) for path in parameters) for name in wanted)
+    if not closed or not all(matching(wanted, path) for path in parameters):
+        changes["target_parameters"] = sorted(parameters) or None
+    if not isinstance(targets, tuple) or not _closed(targets, layers):
         changes |= {
-            "target_modules": sorted(factors),
+            "target_modules": sorted(layers),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -577,7 +604,7 @@ def _anchored(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _closed(targets: tuple[str, ...], paths: Mapping[str, Any]) -> bool:
+def _closed(targets: tuple[str, ...], paths: Iterable[str]) -> bool:
     """Whether every target ends some path and every path ends with some target, at a dot."""
     ends = {".".join(parts[i:]) for path in paths for parts in [path.split(".")] for i in range(len(parts))}
     named = set(targets)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import hub, store
 from .bases import hub_id, same_base
 from .errors import LoRAFileError, LoRAMismatchError, LoRANameError
+from .expertnames import expert_of
 from .layerinfo import is_held
 from .model import put, read, refill, require
 from .quantised import described
@@ -235,7 +236,7 @@ def _chosen(model: nn.Module, name: str | None) -> str:
 def _portable(model: nn.Module, value: AdapterValue) -> AdapterValue:
     """The value with a config that means the same modules to PEFT, which knows names and no roles."""
     config = value.config.replace(
-        target_modules=_targets(model, set(value.factors)),
+        target_modules=_targets(model, {path for path in value.factors if expert_of(path) is None}),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -122,16 +122,23 @@ class Matcher:
         experts = [path for path, held in self.seen.experts.items() if roles.intersection(held)]
         if experts and not excluding:
             name = type(self.seen.modules[experts[0]]).__name__
-            note = f"{some(experts)} ({name}): the role {word!r} in experts' 3-D parameters (PEFT's target_parameters)"
+            note = f"{some(experts)} ({name}): the role {word!r} in experts' 3-D parameters; "
+            note += f"name them: target_parameters={self._parameters(experts[0], roles)}"
             if not found:
                 raise LoRAUnsupportedError(
-                    f"{note}: not supported yet",
+                    note,
                     name=field,
                     value=word,
-                    remedy=f"Adapt the attention instead, by the roles {listed(self.roles & set(arch.ROLES[:4]))}.",
+                    remedy=f"Set target_parameters={self._parameters(experts[0], roles)}.",
                 )
             self.note(note)
         return found
+
+    def _parameters(self, path: str, roles: frozenset[str]) -> list[str]:
+        """Names for `target_parameters` of a module's parameters that compute a role."""
+        end = ".".join(path.split(".")[-2:])
+        own = [name for name, p in self.seen.modules[path]._parameters.items() if p is not None and p.ndim == 3]
+        return [f"{end}.{name}" for name in own if roles.intersection(arch.EXPERT_PARAMETERS.get(name, ()))]
 
     def note(self, line: str) -> None:
         """Remember, once, something that was left out."""

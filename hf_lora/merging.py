@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .backends import backend_of
 from .errors import LoRAStateError, LoRAUnsupportedError
 from .exact import Factored, Record, Scratch, added, fingerprint, restored
+from .expertnames import expert_of, parameter_of
 from .extras import EXTRAS
 from .layerinfo import is_held
 from .layers import LoRAHead
@@ -145,6 +146,8 @@ def require_mergeable(model: nn.Module, active: Active, *, untie: bool = False) 
         refuse_invoked(entry.record.config)
     for path in _layers(model, active):
         _require_writable(model.get_submodule(path), path)
+    for path in _parameters(active, model):
+        mergeable(model.get_submodule(path.rpartition(".")[0]), path, path.rpartition(".")[2])
     for path in _offsets(active):
         if getattr(model.get_submodule(path), "bias", None) is None:
             raise LoRAUnsupportedError(
@@ -235,6 +238,33 @@ def _led(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
     return led(model, [entry.record for entry in active.entries])
 
 
+def _parameters(active: Active, model: nn.Module) -> list[str]:
+    """The paths of the experts' parameters that adapters change."""
+    found = []
+    for entry in active.entries:
+        for path in entry.record.experts:
+            slots: Any = model.get_submodule(path).lora_slots
+            found += [f"{path}.{name}" for name, bank in slots.banks().items() if entry.slot in bank.slots]
+    return list(dict.fromkeys(found))
+
+
+def _weight(modules: Mapping[str, nn.Module], path: str) -> Tensor:
+    """The weight that a path of factors means: a layer's, or one expert's matrix."""
+    at = expert_of(path)
+    if at is None:
+        return mergeable(modules[path], path)
+    owner, _, name = at[0].rpartition(".")
+    return mergeable(modules[owner], path, name)[at[1]]
+
+
+def _turned(model: nn.Module, path: str) -> bool:
+    """Whether that weight is (in, out)."""
+    if expert_of(path) is not None:
+        return bool(getattr(model.get_submodule(parameter_of(path).rpartition(".")[0]), "is_transposed", False))
+    info = describe_layer(model.get_submodule(path))
+    return info is not None and info.kind in ("conv1d", "embedding")
+
+
 def _offsets(active: Active) -> list[str]:
     """The paths of layers whose bias a merge changes, though no adapter has it whole."""
     return list(dict.fromkeys(p for e in active.entries if e.record.config.lora_bias for p in e.record.layers))
@@ -251,7 +281,7 @@ def _touched(model: nn.Module, active: Active) -> list[str]:
             whole += [f"{head}.{key}" for key, _ in module.named_parameters() if not is_held(key)]
     whole += [f"{path}.bias" for path in _offsets(active)]
     weights = [f"{path}.{weight_name(model.get_submodule(path))}" for path in _layers(model, active)]
-    return list(dict.fromkeys([*weights, *whole]))
+    return list(dict.fromkeys([*weights, *_parameters(active, model), *whole]))
 
 
 def _together(model: nn.Module, active: Active) -> dict[str, tuple[str, ...]]:
@@ -269,17 +299,18 @@ def _changes(model: nn.Module, active: Active, values: Mapping[str, AdapterValue
     rounded: dict[str, list[tuple[Tensor, float]]] = {}
     changed = {*_layers(model, active)}
     for entry, weight in active.mixture:
-        for path in [path for path in values[entry.name].factors if path in changed]:
+        for path in [path for path in values[entry.name].factors if path in changed or expert_of(path)]:
             factors = values[entry.name].factors[path]
             parts.setdefault(path, []).append((factors, weight))
+            if expert_of(path) is not None:
+                continue
             slots: Any = model.get_submodule(path).lora_slots
             name = slots.slots[entry.slot].rounded
             if name:
                 rounded.setdefault(path, []).append((slots.get_buffer(name), weight))
     changes: dict[str, Change] = {}
     for path, pairs in parts.items():
-        info = describe_layer(model.get_submodule(path))
-        turned = info is not None and info.kind in ("conv1d", "embedding")  # their weights are (in, out)
+        turned = _turned(model, path)
         changes[path] = functools.partial(factored, pairs, turned, rounded=rounded.get(path, ()))
     return changes
 
@@ -389,12 +420,16 @@ def _change(
         apart: Parameters that get a copy of their own if they are tied.
     """
     modules = dict(model.named_modules())
-    quantised = list(dict.fromkeys([*old.quantised, *(path for path in changes if backend_of(modules[path]))]))
+    quantised = list(
+        dict.fromkeys(
+            [*old.quantised, *(path for path in changes if not expert_of(path) and backend_of(modules[path]))]
+        )
+    )
     paths = [path for path in dict.fromkeys([*old.weights, *changes]) if path not in quantised]
     undone: list[Kept] = []
 
     def forward(path: str, scratch: Scratch) -> None:
-        weight, was = mergeable(modules[path], path).detach(), old.weights.get(path)
+        weight, was = _weight(modules, path).detach(), old.weights.get(path)
         flat = as_matrix(weight)
         result = flat if was is None else restored(flat, was, path, scratch)
         if path in changes:
@@ -406,7 +441,7 @@ def _change(
             was.moved = []  # its memory serves the next layer; `backward` makes it again
 
     def backward(path: str, scratch: Scratch) -> None:
-        weight, was, now = mergeable(modules[path], path).detach(), old.weights.get(path), new.weights.get(path)
+        weight, was, now = _weight(modules, path).detach(), old.weights.get(path), new.weights.get(path)
         flat = as_matrix(weight)
         found = fingerprint(flat)
         if was is not None and was.moved and found == was.after:
@@ -467,7 +502,7 @@ def _requantise(
 
 
 def _on_cpu(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
-    return lambda path: mergeable(modules[path], path).device.type == "cpu"
+    return lambda path: _weight(modules, path).device.type == "cpu"
 
 
 def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:

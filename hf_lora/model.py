@@ -21,6 +21,9 @@ from .batches import row_maps
 from .config import LoRAConfig
 from .convslots import LoRAConvSlots
 from .errors import LoRAMismatchError, LoRANameError, LoRAStateError
+from .expertlayers import LoRAExperts
+from .expertnames import expert_of
+from .expertputting import put_experts
 from .extras import EXTRAS
 from .fitting import Plan, attention_kinds, make_plan, unpooled
 from .guards import refuse_managed, require_putable
@@ -28,6 +31,7 @@ from .initial import initial_value, refuse_embeddings
 from .inits import INITS, require_data
 from .layerinfo import HELD, modules_of, out_of
 from .layers import LoRABias, LoRAEmbedding, LoRAHead, LoRAHeads, LoRALinear, restore, swap
+from .oldnames import as_now
 from .quantised import refuse_rearranged
 from .reading import read, refill_parameters, refill_problems
 from .replication import replicated
@@ -173,7 +177,7 @@ def _put(
     finite: bool,
 ) -> None:
     state, modules = state_of(model), modules_of(model)
-    value = attention_kinds(unpooled(value, modules), modules)
+    value = attention_kinds(unpooled(as_now(model, value, modules, trainable=trainable), modules), modules)
     require_putable(model, name, replace, state, modules)
     if trainable or value.modules:
         what = f"An adapter {'that trains' if trainable else 'with a head'} cannot be put"
@@ -188,7 +192,8 @@ def _put(
     state = attach(model) if state is None else state
     with state.lock, torch.inference_mode(False):
         entry = Entry(name, state.free_slot(), trainable, tuple(value.config.alora_invocation_tokens or ()))
-        resident = Resident(value.config, tuple(value.factors), tuple(value.biases), tuple(value.modules))
+        layers, experts = _places_of(value)
+        resident = Resident(value.config, layers, tuple(value.biases), tuple(value.modules), experts=experts)
         entry.record = resident
         try:
             held = _write(model, state, entry, value, plan)
@@ -263,7 +268,17 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
     if invoked:
         hook_activation(model, state)
         state.reach_width = max(state.reach_width, 2 + (entry.slot | 1))
+    fixed = (*still, "A") if value.config.freeze_a else still
+    kept = put_experts(model, state, plan.modules, entry.slot, value.factors, entry.trainable, fixed)
+    held = held and kept
+    room = reserved(model)
+    if room is not None:
+        for path in entry.record.experts:
+            for bank in plan.modules[path].lora_slots.banks().values():  # type: ignore[union-attr, operator]
+                bank.reserve_experts(room.slots, room.rank)
     for path, factors in value.factors.items():
+        if expert_of(path) is not None:
+            continue
         module = plan.modules[path]
         slots = _slots(model, state, module, path, plan)
         bias = value.biases.get(f"{path}.bias")
@@ -495,6 +510,13 @@ def refill(model: nn.Module, values: Mapping[str, AdapterValue]) -> None:
             put(model, value, name, replace=True)
 
 
+def _places_of(value: AdapterValue) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of layers with factors, and of modules whose experts have some."""
+    at = {path: expert_of(path) for path in value.factors}
+    experts = dict.fromkeys(found[0].rpartition(".")[0] for found in at.values() if found is not None)
+    return tuple(path for path, found in at.items() if found is None), tuple(experts)
+
+
 def train(model: nn.Module, names: Iterable[str]) -> None:
     """Choose which adapters train: these, and no others.
 
@@ -573,6 +595,12 @@ def _erase(model: nn.Module, entry: Entry) -> None:
             module.lora_slots.remove(entry.slot)
             if not module.lora_slots.slots and not module.lora_slots.kept:
                 restore(module)  # the class first: see LoRALinear.forward
+                del module.lora_slots
+        elif isinstance(module, LoRAExperts):
+            for bank in module.lora_slots.banks().values():
+                bank.remove(entry.slot)
+            if not module.lora_slots.slots:
+                restore(module)
                 del module.lora_slots
         elif isinstance(module, LoRAHead):
             if str(entry.slot) in module.lora_heads.copies:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from .errors import LoRAConfigError, LoRAStateError
-from .layers import LoRAHead, LoRALinear
+from .expertlayers import banks_of
+from .layers import LoRAHead
 from .model import require
 
 __all__ = ["optimizer_groups"]
@@ -94,15 +95,14 @@ def _kinds(model: nn.Module, embeddings_apart: bool) -> tuple[dict[int, str], se
     kinds: dict[int, str] = {}
     held: set[int] = set()
     for module in model.modules():
-        if isinstance(module, LoRALinear):
-            slots = module.lora_slots
+        for slots in banks_of(module):
             apart = embeddings_apart and slots.kind == "embedding"
             for index, slot in slots.slots.items():
                 if slot.trainable and slot.rank and index not in slots.leaders:
                     for side in ("A", "B"):
                         kinds[id(slots.get_parameter(f"{side}{index}"))] = "embedding" if apart else side
             held.update(id(parameter) for parameter in slots.parameters())
-        elif isinstance(module, LoRAHead):
+        if isinstance(module, LoRAHead):
             held.update(id(parameter) for parameter in module.lora_heads.parameters())
     return kinds, held
 

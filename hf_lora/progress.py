@@ -49,6 +49,8 @@ class Progress:
         self.left_out: dict[str, str] = {}
         self._base: dict[tuple[str, tuple[range, ...]], float] | None = None  # rows of a layer -> their ‖W‖²
         roles = roles_of(model)
+        if any(entry.record.experts for entry in _training(model)):
+            self.left_out["experts"] = "their parameters (target_parameters) are not measured"
         self._pairs = {
             entry.name: tuple(self._pairs_of(entry, roles)) for entry in _training(model) if entry.record.layers
         }

@@ -219,6 +219,13 @@ class RankAllocator:
 
     def _read_pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter, float]]:
         entry, found = require(self.model).entry(self.name), {}
+        if entry.record.experts:
+            raise LoRAUnsupportedError(
+                f"{entry.record.experts[0]}: ranks are found of layers, and the experts of a parameter share one rank.",
+                name="target_parameters",
+                value=entry.record.experts,
+                remedy="Let an adapter with target_modules alone train by this schedule.",
+            )
         for path in entry.record.layers:
             module = self.model.get_submodule(path)
             assert isinstance(module, LoRALinear)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from .attachment import Resident, require
 from .errors import LoRAStateError
+from .expertlayers import LoRAExperts
+from .expertnames import expert_of
+from .expertputting import read_experts
+from .experts import stacks
 from .fitting import head_problems
 from .layerinfo import modules_of
 from .layers import LoRAHead, LoRALinear
@@ -66,6 +70,9 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
         follower: LoRASlots = _present(modules, path, LoRALinear).lora_slots
         factors[path] = turned(factors[first], "embedding" if follower.kind == "embedding" else "linear")
     factors = {path: factors[path] for path in resident.layers}
+    for path in resident.experts:
+        _present(modules, path, LoRAExperts)
+        factors |= read_experts(modules, entry.slot, path, own, resident.config.use_rslora)
     for path in resident.biases:
         owner = _present(modules, path.rpartition(".")[0], LoRALinear)
         key = f"bias{entry.slot}"
@@ -118,7 +125,14 @@ def refill_problems(have: AdapterValue, value: AdapterValue, modules: Mapping[st
 @torch.no_grad()
 def refill_parameters(modules: Mapping[str, Any], index: int, value: AdapterValue) -> None:
     """Write a value into the Parameters of the adapter that has this slot."""
+    for parameter, stack in stacks(value.factors).items():
+        path, _, name = parameter.rpartition(".")
+        bank = modules[path].lora_slots.banks()[name]
+        for side, part in (("A", stack.A), ("B", stack.B)):
+            assign(bank.get_parameter(f"{side}{index}"), part)
     for path, factors in value.factors.items():
+        if expert_of(path) is not None:
+            continue
         slots: LoRASlots = modules[path].lora_slots
         slot, B = slots.slots[index], factors.B
         if index in slots.leaders:

@@ -11,6 +11,7 @@ from torch import nn
 from .attachment import state_of
 from .config import LoRAConfig
 from .errors import LoRAStateError
+from .expertlayers import ExpertSlots
 from .layerinfo import modules_of
 from .layers import LoRALinear, restore
 from .slots import LoRASlots
@@ -65,6 +66,8 @@ def note(
             held = module._modules.get("lora_slots")
             if isinstance(held, LoRASlots) and any(slot.rank for slot in held.slots.values()):
                 held.reserve(slots, rank)
+            for bank in held.banks().values() if isinstance(held, ExpertSlots) else ():
+                bank.reserve_experts(slots, rank)
 
 
 def release(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import architectures as arch
 from .layerinfo import modules_of, unhook
 from .routing import batch_of
-from .rowsources import MAPPED, Rows, read, refuse
+from .rowsources import MAPPED, Rows, has_experts, read, refuse
 from .state import Active, Block, Entry, LoRAState, check_rows, leave, refuse_inner, routed, tracing
 
 __all__ = ["argument_names", "hook_row_maps", "inner_rows", "picked", "told", "unhook_row_maps"]
@@ -175,7 +175,7 @@ def unhook_row_maps(model: nn.Module) -> None:
 
 
 def _is_told(module: nn.Module) -> bool:
-    if type(module).__name__ in arch.EXPERT_LISTS:
+    if type(module).__name__ in arch.EXPERT_LISTS or has_experts(module):
         return True
     model_type = getattr(vars(module).get("config"), "model_type", None)
     return model_type in arch.ROW_MAPS and hasattr(module, "base_model_prefix")

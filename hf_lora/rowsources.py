@@ -15,8 +15,9 @@ from . import architectures as arch
 from .errors import LoRARouteError
 from .state import Entry
 
-__all__ = ["MAPPED", "Rows", "read", "refuse"]
+__all__ = ["MAPPED", "TOKENS", "Rows", "has_experts", "read", "refuse"]
 
+TOKENS = "map:tokens"  # of a module of 3-D expert parameters: (B·T, d), told by the block around it
 MAPPED = "map:"  # how the row_map of a mapped layer begins: "map:grid", "map:experts.expert_0"
 _REMEDY = "Give the inputs as the processor makes them, or run the rows of each adapter as a batch of their own."
 
@@ -81,6 +82,8 @@ def read(
     """
     if type(module).__name__ in arch.EXPERT_LISTS:
         return _experts(module, given, batch, wanted)
+    if has_experts(module):
+        return _tokens(given, batch) if TOKENS in wanted else {}
     maps = {}
     for name in wanted:
         kind = _KINDS.get(name.removeprefix(MAPPED))
@@ -92,6 +95,22 @@ def read(
                 for stage in (*source.stages, *tokens)
             )
     return maps
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether it is a block around a module of 3-D expert parameters."""
+    if hasattr(module, "base_model_prefix"):  # a model
+        return False
+    children = (child for child in module.children() if not isinstance(child, nn.modules.conv._ConvNd))
+    return any(p is not None and p.ndim == 3 for child in children for p in child._parameters.values())
+
+
+def _tokens(given: Mapping[str, Any], batch: int) -> dict[str, tuple[Rows, ...]]:
+    """The row of each token of a block that is given (B, T, d)."""
+    x = given.get("hidden_states", next((value for value in given.values() if isinstance(value, Tensor)), None))
+    if not isinstance(x, Tensor) or x.dim() != 3 or len(x) != batch:
+        return {}
+    return {TOKENS: (Rows(torch.arange(batch).repeat_interleave(x.shape[1])),)}
 
 
 def _rows_of(

@@ -202,6 +202,8 @@ def _digest(config: LoRAConfig) -> str:
     if forms:
         written = config.to_peft()
         computed["forms"] = {name: written[name] for name in (*forms, "qalora_group_size")}
+    if config.target_parameters is not None:
+        computed["target_parameters"] = config.target_parameters
     if config.layer_replication is not None:
         computed["layer_replication"] = config.layer_replication
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()

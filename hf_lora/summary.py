@@ -99,6 +99,11 @@ def summarise(model: nn.Module) -> Summary:
             names = [role for role, _ in blocks] or roles.get(path) or (path.rpartition(".")[2],)
             for role in names if blocks else ["+".join(names)]:
                 counts[role] += 1
+        for path in resident.experts:
+            for name, bank in model.get_submodule(path).lora_slots.banks().items():  # type: ignore[union-attr, operator]
+                if entry.slot in bank.slots:
+                    ranks.add(bank.slots[entry.slot].rank // bank.experts)
+                    counts[f"{name} of {bank.experts} experts"] += 1
         low, high = min(ranks, default=0), max(ranks, default=0)
         adapters.append(
             AdapterSummary(

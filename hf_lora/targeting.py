@@ -17,6 +17,7 @@ from .attentionpairs import TWICE
 from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
+from .experttargets import ExpertTarget, expert_targets
 from .layerinfo import LayerInfo, describe_layer, why_not
 from .matching import Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
@@ -55,6 +56,7 @@ class Resolution:
         heads: paths of modules trained and saved whole.
         architecture: the model_type whose table entry gave the roles; None if they were told from structure.
         skipped: what was left out and why, one line each, for people.
+        parameters: the experts' 3-D parameters that take a LoRA.
         inner: targets whose batch is not the user's rows (vision towers, experts): routing by row needs a row map. Not
             looked for in a file's config.
     """
@@ -64,6 +66,7 @@ class Resolution:
     architecture: str | None
     skipped: tuple[str, ...]
     inner: tuple[str, ...] = ()
+    parameters: tuple[ExpertTarget, ...] = ()
 
 
 def resolve(model: nn.Module, config: LoRAConfig, *, from_file: bool = False) -> Resolution:
@@ -112,7 +115,9 @@ class _Resolver:
                 self.words.note(f"{path}: not saved whole, because {some(adapted)} takes a LoRA")
             else:
                 heads.append(path)
-        if not asked:
+        notes = self.words.skipped
+        experts = expert_targets(self.model, self.config, self.seen.modules, from_file=self.from_file, notes=notes)
+        if not asked and not experts:
             raise LoRATargetError(
                 "no layer is left to adapt",
                 name="target_modules",
@@ -121,7 +126,7 @@ class _Resolver:
                 facts=self.words.skipped,
             )
         paths = [path for path in self.seen.layers if path in asked]
-        self._check_patterns(paths)
+        self._check_patterns([*paths, *(target.path for target in experts)])
         values = resolved(self.config, {path: self.seen.layers[path].out_of for path in paths})
         targets = tuple(self._target(path, asked[path], *values[path]) for path in paths)
         maps = {} if self.from_file else row_maps(self.model, paths, self.seen.modules)
@@ -135,6 +140,7 @@ class _Resolver:
             architecture=self.seen.model_type if self.seen.known else None,
             skipped=tuple(self.words.skipped),
             inner=tuple(path for path, row_map in maps.items() if row_map == "inner" or ":" in row_map),
+            parameters=experts,
         )
 
     # -- what is asked for ------------------------------------------------------------------------------------------
@@ -145,8 +151,12 @@ class _Resolver:
         implied = set(within(self.seen.layers, inferred))
         wanted = self.config.target_modules
         defaults = wanted is None
+        if wanted is None and self.config.target_parameters and self.seen.model_type not in arch.PEFT_DEFAULTS:
+            wanted = ()
         if wanted is None:
             wanted = self._defaults()
+        if wanted == () and self.config.target_parameters:
+            return {}
         if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
             return self._all_linear(saved | implied)
         items: Sequence[str] = (wanted,) if isinstance(wanted, str) else tuple(wanted)
@@ -371,11 +381,16 @@ class _Resolver:
             )
         return Target(path, layer.info, rank, alpha, blocks)
 
+    def _named_by(self, path: str) -> str:
+        """By whose name a config means it: its own, or that of the nn.MultiheadAttention that it is a part of."""
+        layer = self.seen.layers.get(path)
+        return path if layer is None else layer.out_of or path
+
     def _check_patterns(self, paths: Sequence[str]) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
             table: Mapping[str, float] = getattr(self.config, field)
             for key in table:
-                if suffix_regex_lookup([key], [self.seen.layers[path].out_of or path for path in paths], field=field):
+                if suffix_regex_lookup([key], [self._named_by(path) for path in paths], field=field):
                     continue
                 if self.from_file:
                     self.words.note(f"{field} {key!r}: matches no target")

@@ -85,13 +85,13 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1) if weight.dim() > 2 else weight
 
 
-def mergeable(module: nn.Module, path: str) -> Tensor:
-    """The layer's dense weight.
+def mergeable(module: nn.Module, path: str, name: str = "") -> Tensor:
+    """The layer's dense weight, or a parameter of another name.
 
     Raises:
         LoRAUnsupportedError: it is quantised, not in memory, computed from others, or of a convolution with groups.
     """
-    weight = getattr(module, weight_name(module), None)
+    weight = getattr(module, name or weight_name(module), None)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         raise LoRAUnsupportedError(
             f"{path}: cannot merge into a {type(module).__name__} with groups={module.groups}: a LoRA's A reads all "

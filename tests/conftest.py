@@ -49,6 +49,7 @@ NOT_CORE = {
     "test_docs.py",
     "test_dropout.py",  # this, test_fused.py and test_functional.py: tensors alone
     "test_export.py",
+    "test_experts.py",  # layouts of the tested release
     "test_export_hub.py",
     "test_facts.py",
     "test_functional.py",
@@ -248,6 +249,7 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama-tied": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
     "llama-cls": ("LlamaConfig", "LlamaForSequenceClassification", {**_LLAMA, "num_labels": 3}),
     "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {**_LLAMA, "head_dim": 8}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", _LLAMA),

@@ -70,7 +70,7 @@ def test_combinations():
         ("lora_dropout", 0.1, "dropout=0.1"),
         ("init_lora_weights", True, "init='kaiming'"),
         ("base_model_name_or_path", "gpt2", "base_model='gpt2'"),
-        ("targt_modules", ["q"], "Did you mean target_modules?"),
+        ("targt_modules", ["q"], "Did you mean target_modules"),
         ("rank", 8, "rank_pattern"),
         ("lora_alfa", 8, "alpha"),
         ("arrow_config", {}, "does not compute"),
@@ -216,7 +216,6 @@ def test_oddities_that_compute_a_plain_lora(odd):
     "fields",
     [
         *[{"init_lora_weights": name} for name in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "new")],
-        {"target_parameters": ["experts.w"]},
         {"arrow_config": {"top_k": 3}},
         {"enable_lora": [True, False, True]},
         {"a_future_field": 0},

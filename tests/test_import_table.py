@@ -21,13 +21,14 @@ TABLE: dict[str, str] = {
     "errors": "",
     "extras": "",
     "forms": "errors",
+    "expertnames": "",
     # the config
     "patterns": "errors",
     "fields": "errors patterns",
     "initnames": "errors fields",
     "variantfields": "errors fields",
     "tokenfields": "errors fields",
-    "config": "errors fields initnames patterns tokenfields variantfields",
+    "config": "errors expertnames fields initnames patterns tokenfields variantfields",
     # mathematics and state
     "functional": "",
     "dropout": "",
@@ -45,7 +46,8 @@ TABLE: dict[str, str] = {
     "layerinfo": "architectures",
     "survey": "architectures layerinfo rows",
     "matching": "architectures errors layerinfo patterns survey",
-    "targeting": "architectures attentionpairs batches config errors layerinfo matching patterns survey",
+    "targeting": "architectures attentionpairs batches config errors experttargets layerinfo matching patterns survey",
+    "experttargets": "config errors expertnames layerinfo",
     # layers
     "weights": "errors sharding",
     "rounding": "",
@@ -68,17 +70,21 @@ TABLE: dict[str, str] = {
     # the adapter as a value, and on disk
     "facts": "errors",
     "values": "config errors extras forms tokenfields",
+    "expertproxy": "errors",
+    "expertlayers": "banks errors expertproxy layers rowmaps state",
+    # the adapter as a value, and on disk
+    "experts": "config errors expertnames values",
     "spectrum": "values",
     "health": "errors spectrum values",
     # its arithmetic; `agreement` is what can be combined, and the result's config
     "sparsify": "",
     "lowrank": "spectrum values",
-    "agreement": "bases config errors layout values",
+    "agreement": "bases config errors expertnames experts layout values",
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
     "folders": "errors safefile store",
     "attentionpairs": "errors values",
-    "layout": "attentionpairs config errors extras forms tokenfields values",
+    "layout": "attentionpairs config errors expertnames experts extras forms tokenfields values",
     "store": "config errors extras forms layout safefile values",
     "bases": "errors",
     "frontmatter": "errors",
@@ -89,32 +95,34 @@ TABLE: dict[str, str] = {
     # a value on a model
     "tying": "config errors extras layerinfo targeting tokenfields tokens values",
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
-    "initial": "config errors extras fitting forms inits layerinfo targeting tokens tying values variants weights",
-    "fitting": "batches config errors extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens tying values weights",  # noqa: E501
-    "model": "activation attachment attention batches config convslots errors extras fitting guards initial inits layerinfo layers preparing quantised reading replication reservation rounding sharding slots state targeting tokenfields tokens tying values variants weights",  # noqa: E501
+    "initial": "config errors expertputting extras fitting forms inits layerinfo targeting tokens tying values variants weights",  # noqa: E501
+    "fitting": "batches config errors expertnames expertputting extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens tying values weights",  # noqa: E501
+    "model": "activation attachment attention batches config convslots errors expertlayers expertnames expertputting experts extras fitting guards initial inits layerinfo layers oldnames preparing quantised reading replication reservation rounding sharding slots state targeting tokenfields tokens tying values variants weights",  # noqa: E501
     "switching": "errors model state",
-    "merging": "backends errors exact extras layerinfo layers model replication sharding standins state switching targeting ties tokenfields tokens tying values variants weights workers",  # noqa: E501
+    "merging": "backends errors exact expertnames extras layerinfo layers model replication sharding standins state switching targeting ties tokenfields tokens tying values variants weights workers",  # noqa: E501
     "attachment": "activation config errors facts layerinfo preparing quantised replication routing rowmaps state values",  # noqa: E501
-    "guards": "errors layers sharding slots state",
-    "reservation": "attachment config errors layerinfo layers slots targeting",
-    "reading": "attachment errors fitting layerinfo layers sharding slots tying values",
-    "optimizer": "errors layers model",
+    "guards": "errors expertlayers layers sharding slots state",
+    "reservation": "attachment config errors expertlayers layerinfo layers slots targeting",
+    "reading": "attachment errors expertlayers expertnames expertputting experts fitting layerinfo layers sharding slots tying values",  # noqa: E501
+    "optimizer": "errors expertlayers layers model",
+    "expertputting": "batches config errors expertlayers expertnames experts experttargets inits layers rowsources slots state values weights",  # noqa: E501
+    "oldnames": "errors expertnames experts experttargets layout values",
     "kasa": "errors layers model",
     "monteclora": "errors layers model variants",
     "progress": "layerinfo layers model sharding slots spectrum state targeting weights",
     "reference": "model switching",
     "summary": "backends errors extras layerinfo model quantised slots state switching targeting tokens values",
-    "loading": "bases errors hub layerinfo layers model quantised sharding store tokenfields values",
+    "loading": "bases errors expertnames hub layerinfo layers model quantised sharding store tokenfields values",
     "adapter": "arithmetic errors facts hub loading store values",
     # many adapters on one model
     "pool": "errors fitting hub layerinfo loading model replication safefile state store switching values",
     "serve": "errors pool",
     # transformers
-    "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching tokenfields tokens values",  # noqa: E501
-    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values weights workers",  # noqa: E501
+    "integrations": "activation bases card config errors expertlayers facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching tokenfields tokens values",  # noqa: E501
+    "export": "bases config errors exact expertnames extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values weights workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
-    "planning": "architectures backends config errors fields initial layerinfo model slots store survey targeting",
+    "planning": "architectures backends banks config errors fields initial layerinfo model slots store survey targeting",  # noqa: E501
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model preparing state store summary switching values",  # noqa: E501
     "importance": "lowrank spectrum values",

@@ -41,6 +41,7 @@ COMPUTED: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {"v_proj": 2}},
     "revision": {"revision": "main"},
     "target_modules": {"target_modules": "all-linear"},
+    "target_parameters": {"target_parameters": ["mlp.experts.gate_up_proj"]},
     "task_type": {"task_type": "CAUSAL_LM"},
     "monteclora_config": {"monteclora_config": {"num_samples": 4}},
     "velora_config": {"velora_config": {"num_groups": 4}},
@@ -62,6 +63,7 @@ MORE: list[tuple[str, Any]] = [
 BASES = {
     "ensure_weight_tying": ("llama-tied", []),
     "fan_in_fan_out": ("gpt2", ["c_attn", "c_fc"]),
+    "target_parameters": ("mixtral", ["q_proj"]),
 }  # else a Llama
 # What is written into a file as it is, and has no effect on what it computes.
 WRITTEN: dict[str, Any] = {
@@ -79,7 +81,6 @@ WRITTEN: dict[str, Any] = {
 REFUSED: dict[str, Any] = {
     "arrow_config": {"top_k": 2},
     "peft_type": "LOHA",
-    "target_parameters": ["mlp.experts.gate_up_proj"],
 }
 CHANGE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")  # factors are then not all of it
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bases import hub_id, is_local_path, same_base
 from ..errors import LoRAConfigError, LoRAError, LoRAMismatchError, LoRAUnsupportedError
+from ..expertnames import expert_of
 from ..fitting import make_plan
 from ..integrations.checkpoint_keys import Placed, auto_classes, dtype_of_keys, map_keys, meta_model, missing_is_fine
 from ..layerinfo import describe_layer, modules_of
@@ -109,6 +110,7 @@ def decide(value: AdapterValue, base: BaseFiles, dtype: torch.dtype | None, *, c
     """
     refuse_invoked(value.config)
     refuse_rows(value, "A merge on disk")
+    _refuse_experts(value)
     config = _config(base)
     _set_labels(value, config)
     dtype = _dtype(base, config) if dtype is None else dtype
@@ -352,6 +354,17 @@ def _refuse_unreachable(
             "has them, so they cannot be merged file by file. Nothing was written.",
             name=facts[0].partition(":")[0],
             facts=facts,
+            remedy=_IN_MEMORY,
+        )
+
+
+def _refuse_experts(value: AdapterValue) -> None:
+    experts = next((found[0] for path in value.factors if (found := expert_of(path)) is not None), None)
+    if experts is not None:
+        raise LoRAUnsupportedError(
+            f"{experts} is not merged file by file, where each of the experts may be a tensor of its own.",
+            name="target_parameters",
+            value=experts,
             remedy=_IN_MEMORY,
         )
 

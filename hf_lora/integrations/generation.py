@@ -23,7 +23,8 @@ from torch import nn
 
 from ..activation import OFFSETS, Starts, starts_of, state_at
 from ..errors import LoRARouteError, LoRAStateError
-from ..layers import LoRAHead, LoRALinear
+from ..expertlayers import banks_of
+from ..layers import LoRAHead
 from ..model import state_of
 from ..routing import batch_of
 from ..state import Active, LoRAState, check_rows, routed
@@ -179,7 +180,7 @@ def _among(states: list[LoRAState], model: nn.Module) -> list[LoRAState]:
         return []
     if (own := state_of(model)) is not None:
         return [state for state in states if state is own]
-    held = {id(m.lora_slots.state) for m in model.modules() if isinstance(m, LoRALinear)}
+    held = {id(bank.state) for m in model.modules() for bank in banks_of(m)}
     held |= {id(m.lora_heads.state) for m in model.modules() if isinstance(m, LoRAHead)}
     return [state for state in states if id(state) in held]
 

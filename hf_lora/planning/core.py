@@ -256,6 +256,7 @@ def _targets(model: nn.Module, found: Resolution) -> dict[str, int]:
     for target in found.targets:
         names = [role for role, _ in target.blocks]
         counts.update(names or ["+".join(roles.get(target.path) or (target.path.rpartition(".")[2],))])
+    counts.update(f"{t.path.rpartition('.')[2]} of {t.experts} experts" for t in found.parameters)
     return dict(counts)
 
 

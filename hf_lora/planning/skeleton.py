@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..banks import LoRABanks
 from ..errors import LoRAConfigError, LoRAStateError
 from ..layerinfo import modules_of
 from ..model import remove, state_of
-from ..slots import LoRASlots
 from .quantised import QuantisedLinear, quantise, stand_in
 
 __all__ = ["base_nbytes", "dtype_of", "from_config", "from_model", "read_config"]
@@ -153,7 +153,7 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        if isinstance(module, LoRASlots):
+        if isinstance(module, LoRABanks):
             yield from (tensor for pair in module.masters.values() for tensor in pair)
 
 

@@ -113,11 +113,12 @@ class Source:
             return size
         with safefile.reading(path) as file:
             header = safefile.read_header(file, path)
-        ranks = [
-            entry.shape[0]
-            for name, entry in header.entries.items()
-            if entry.shape and name.endswith((".lora_A.weight", ".lora_embedding_A"))
-        ]
+        if config.target_parameters is None:  # else a pair holds every expert's: the value tells
+            ranks = [
+                entry.shape[0]
+                for name, entry in header.entries.items()
+                if entry.shape and name.endswith((".lora_A.weight", ".lora_embedding_A"))
+            ]
         self._refuse(adapter_id, max(ranks, default=0), header.data_size)
         return header.data_size
 
