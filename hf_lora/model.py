@@ -36,6 +36,7 @@ from .targeting import Resolution, describe_layer, resolve
 from .values import AdapterValue, Block, Factors
 from .variants import STEPS, Base, Effect, effect_of
 from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
+from .wrappers import refuse_peft
 
 __all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
 
@@ -555,6 +556,7 @@ def _refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[
             name="peft_config",
             remedy="Unload them (delete_adapter, or PeftModel.unload), or save them and load_lora() the files.",
         )
+    refuse_peft(modules)
     for path, module in modules.items():
         held = module._modules.get("lora_slots") or module._modules.get("lora_heads")
         if isinstance(held, (LoRASlots, LoRAHeads)) and held.state is not state:

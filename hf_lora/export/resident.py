@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoRAStateError
+from ..errors import LoRAStateError, LoRAUnsupportedError
 from ..merging import merged_lora
 from ..model import require
 from ..switching import Which
@@ -43,10 +43,12 @@ def merge_and_save(
 
     Raises:
         LoRAFileError: the folder holds something, or it cannot be written (a full disk).
-        LoRAStateError, LoRAUnsupportedError: as of `merge_lora`, but for the training mode, which is fine here; also if
-            `which` is given while something is merged. Nothing was written then, and the model is as before.
+        LoRAUnsupportedError: it is no model of transformers; as of `merge_lora`.
+        LoRAStateError: as of `merge_lora`, but for the training mode, which is fine here; also if `which` is given
+            while something is merged. Nothing was written then, and the model is as before.
     """
     state, target = require(model), Path(directory)
+    _require_transformers(model)
     refuse_out(target)
     options = {} if max_shard_size is None else {"max_shard_size": size_in_bytes(max_shard_size)}
     needed = sum(parameter.nbytes for parameter in model.parameters())
@@ -69,6 +71,20 @@ def merge_and_save(
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
     return target
+
+
+def _require_transformers(model: Any) -> None:
+    """Raise unless the model is one of transformers: others have no folder that every tool reads."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise LoRAUnsupportedError(
+            f"merge_and_save() writes a model folder of transformers, and a {type(model).__name__} is no model of it.",
+            name="model",
+            value=type(model).__name__,
+            expected="a PreTrainedModel",
+            remedy="Call merge_lora(), save hf_lora.base_state_dict(model) your own way, and call unmerge_lora().",
+        )
 
 
 @contextlib.contextmanager
