@@ -10,6 +10,7 @@ from torch import nn
 
 from . import architectures as arch
 from .layerinfo import LayerInfo, describe_layer, modules_of
+from .libraries import own_family
 from .rows import role_rows
 
 __all__ = ["Layer", "Survey", "survey"]
@@ -112,7 +113,7 @@ def survey(model: nn.Module) -> Survey:
             continue
         info = describe_layer(module)
         if info is not None:
-            layers[path] = _layer(path, info, part)
+            layers[path] = _layer(path, info, part, modules)
         elif path and (roles := _expert_roles(module)):
             experts[path] = roles
     _structural_siblings(layers)
@@ -154,10 +155,25 @@ def _endings(path: str) -> Iterator[str]:
         yield path
 
 
-def _layer(path: str, info: LayerInfo, part: _Part) -> Layer:
+def _own_entry(path: str, modules: Mapping[str, nn.Module]) -> str | arch.Fused | None:
+    """What the nearest module around a layer that knows it says of it."""
+    above, _, end = path.rpartition(".")
+    while True:
+        family = own_family(modules[above])
+        if family is not None and end in family:
+            return family[end]
+        if not above:
+            return None
+        above, _, name = above.rpartition(".")
+        end = f"{name}.{end}"
+
+
+def _layer(path: str, info: LayerInfo, part: _Part, modules: Mapping[str, nn.Module]) -> Layer:
     if info.kind == "embedding":
         return Layer(path, info)
-    entry = next((part.family[end] for end in _endings(path) if end in part.family), None)
+    entry = _own_entry(path, modules) if path else None
+    if entry is None:
+        entry = next((part.family[end] for end in _endings(path) if end in part.family), None)
     if entry is None:
         return Layer(path, info, guessed=part.guessed)
     if isinstance(entry, str):

@@ -17,13 +17,11 @@ from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
 from .layerinfo import LayerInfo, describe_layer, why_not
-from .matching import Asked, Matcher, last, listed, some, within
+from .matching import ALL_LINEAR, Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
 from .survey import Layer, Survey, survey
 
 __all__ = ["LayerInfo", "Resolution", "Target", "describe_layer", "resolve", "roles_of"]
-
-_ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class _Resolver:
         defaults = wanted is None
         if wanted is None:
             wanted = self._defaults()
-        if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
+        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
             return self._all_linear(saved | implied)
         items: Sequence[str] = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         if not items:
@@ -157,7 +155,7 @@ class _Resolver:
                 remedy='Name roles (["q", "v"]), modules, or "all-linear".',
             )
         for item in items:
-            regex = isinstance(wanted, str) and item not in self.words.roles
+            regex = isinstance(wanted, str) and not self.words.is_role(item)
             found = self.words.match(item, "target_modules", regex=regex, as_role=not defaults, strict=not defaults)
             inside = [path for path in found if path in saved]
             if inside and len(inside) == len(found) and not self.from_file:
@@ -287,7 +285,7 @@ class _Resolver:
         items = (excluded,) if isinstance(excluded, str) else tuple(excluded)
         kept = dict(asked)
         for item in items:
-            regex = isinstance(excluded, str) and item not in self.words.roles
+            regex = isinstance(excluded, str) and not self.words.is_role(item)
             for path, roles in self.words.match(item, "exclude_modules", regex=regex).items():
                 if path not in kept:
                     continue

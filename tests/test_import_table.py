@@ -42,7 +42,8 @@ TABLE: dict[str, str] = {
     "rows": "architectures",
     "batches": "architectures",
     "layerinfo": "architectures",
-    "survey": "architectures layerinfo rows",
+    "libraries": "architectures errors",
+    "survey": "architectures layerinfo libraries rows",
     "matching": "architectures errors layerinfo patterns survey",
     "targeting": "architectures batches config errors layerinfo matching patterns survey",
     # layers
