@@ -70,12 +70,16 @@ def own_family(module: nn.Module) -> Family | None:
     Raises:
         LoRAConfigError: its `lora_roles` is no mapping of paths to roles.
     """
-    said = vars(module).get("lora_roles")
-    return _of_class(type(module)) if said is None else _family(said, type(module).__name__)
+    said, cls = vars(module).get("lora_roles"), _class_of(module)
+    return _of_class(cls) if said is None else _family(said, cls.__name__)
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
 
 
 @functools.lru_cache(maxsize=1024)
-def _of_class(cls: type[nn.Module]) -> Family | None:
+def _of_class(cls: Any) -> Family | None:
     for base in cls.__mro__:
         if (said := vars(base).get("lora_roles")) is not None:
             return _family(said, base.__name__)

@@ -58,6 +58,7 @@ NOT_CORE = {
     "test_hub.py",
     "test_import_table.py",
     "test_importers.py",  # values, and formats of others
+    "test_kohya.py",  # values, and formats of others
     "test_lightning.py",  # this and test_trl.py: installed in the tested versions only
     "test_local_hub.py",
     "test_package.py",
