@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -113,7 +113,7 @@ def survey(model: nn.Module) -> Survey:
             continue
         info = describe_layer(module)
         if info is not None:
-            layers[path] = _layer(path, info, part, modules)
+            layers[path] = _layer(path, info, _told(path, part, modules))
         elif path and (roles := _expert_roles(module)):
             experts[path] = roles
     _structural_siblings(layers)
@@ -147,6 +147,18 @@ def _part(module: nn.Module, parent: _Part | None) -> _Part:
     return _Part(config, model_type, arch.STRUCTURE if family is None else family, family is None)
 
 
+def _told(path: str, part: _Part, modules: Mapping[str, nn.Module]) -> _Part:
+    """The part, with what the nearest module around the layer that knows it says of it."""
+    above, end = path, ""
+    while above:
+        above, _, name = above.rpartition(".")
+        end = f"{name}.{end}" if end else name
+        family = own_family(modules[above])
+        if family is not None and end in family:
+            return replace(part, family={path: family[end]})
+    return part
+
+
 def _endings(path: str) -> Iterator[str]:
     """The ends of a dotted path, longest first: a.b.c, b.c, c."""
     yield path
@@ -155,25 +167,10 @@ def _endings(path: str) -> Iterator[str]:
         yield path
 
 
-def _own_entry(path: str, modules: Mapping[str, nn.Module]) -> str | arch.Fused | None:
-    """What the nearest module around a layer that knows it says of it."""
-    above, _, end = path.rpartition(".")
-    while True:
-        family = own_family(modules[above])
-        if family is not None and end in family:
-            return family[end]
-        if not above:
-            return None
-        above, _, name = above.rpartition(".")
-        end = f"{name}.{end}"
-
-
-def _layer(path: str, info: LayerInfo, part: _Part, modules: Mapping[str, nn.Module]) -> Layer:
+def _layer(path: str, info: LayerInfo, part: _Part) -> Layer:
     if info.kind == "embedding":
         return Layer(path, info)
-    entry = _own_entry(path, modules) if path else None
-    if entry is None:
-        entry = next((part.family[end] for end in _endings(path) if end in part.family), None)
+    entry = next((part.family[end] for end in _endings(path) if end in part.family), None)
     if entry is None:
         return Layer(path, info, guessed=part.guessed)
     if isinstance(entry, str):
