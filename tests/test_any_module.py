@@ -1,4 +1,4 @@
-"""The verbs as functions of any `nn.Module`: in the style of timm, diffusers, sentence-transformers, and a plain MLP."""
+"""The verbs as functions of any `nn.Module`: timm, diffusers and sentence-transformers in small, and a plain MLP."""
 
 from __future__ import annotations
 
