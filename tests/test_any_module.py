@@ -333,6 +333,17 @@ def test_rows_take_adapters_of_their_own(name: str) -> None:
     }
 
 
+def test_the_rows_of_a_batch_in_one_dict_are_counted_before_anything_runs() -> None:
+    class Flat(nn.Sequential):
+        def forward(self, features: dict[str, Tensor]) -> Tensor:
+            return super().forward(features["inputs_embeds"].flatten(0, 1))
+
+    model = Flat(nn.Linear(8, 8))
+    hf_lora.add_lora(model, LoRAConfig(r=2, target_modules="all-linear"), "a")
+    with hf_lora.route_lora(model, ["a", None] * 3), pytest.raises(LoRARouteError, match="6 rows, but the batch has 3"):
+        model({"inputs_embeds": torch.randn(3, 2, 8)})  # six rows in the layer
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_and_pickles_are_models_of_their_own(name: str) -> None:
     model, call = adapted(name)

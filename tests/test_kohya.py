@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import hf_lora
 from hf_lora import LoRAAdapter, LoRAConfigError, LoRAFileError, LoRAUnsupportedError
 from hf_lora.cli import app
-from hf_lora.importers import from_diffusion
+from hf_lora.importers import from_diffusion, kohyanames
 from hf_lora.values import Factors
 
 CONVOLUTIONS = "kernel" in Factors.__dataclass_fields__
@@ -334,6 +334,12 @@ def test_what_is_not_understood_is_listed_with_the_reason(changes: dict[str, Ten
     assert what in str(caught.value)
     with pytest.raises(LoRAFileError, match="there is none"):
         from_diffusion({})
+
+
+def test_a_name_that_can_be_cut_in_two_ways_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kohyanames, "_WORDS", kohyanames._WORDS | {"in"})
+    with pytest.raises(LoRAFileError, match=r"may be .*proj_in or .*proj\.in"):
+        from_diffusion(kohya("lora_unet", UNET))
 
 
 def test_pickles_only_on_request(tmp_path: Path) -> None:
