@@ -117,6 +117,13 @@ class _Resolver:
                 remedy="Widen target_modules, or narrow exclude_modules and modules_to_save.",
                 facts=self.words.skipped,
             )
+        if "" in asked:
+            raise LoRATargetError(
+                f"the model is one {type(self.model).__name__}, a layer without a name that a file could say",
+                name="target_modules",
+                value=self.config.target_modules,
+                remedy="Put it in a module: nn.Sequential(layer).",
+            )
         paths = [path for path in self.seen.layers if path in asked]
         self._check_patterns(paths)
         values = self.config.resolve(paths)

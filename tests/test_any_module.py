@@ -514,6 +514,8 @@ def test_a_word_that_means_nothing_names_what_there_is() -> None:
         hf_lora.add_lora(build("mlp")[0], LoRAConfig(target_modules=["q"]))
     assert "Layers here: fc1, fc2" in str(caught.value)
     assert "Roles here: down, mlp, up" in str(caught.value)
+    with pytest.raises(LoRATargetError, match=r"nn\.Sequential"):  # no file could name it
+        hf_lora.add_lora(nn.Linear(4, 4), LoRAConfig(r=2, target_modules="all-linear"))
     with pytest.raises(LoRATargetError, match="there is no default for model_type None"):
         hf_lora.add_lora(build("mlp")[0], LoRAConfig())
 
