@@ -37,10 +37,33 @@ if TYPE_CHECKING:
     from .optimizer import optimizer_groups
     from .planning import plan
     from .pool import LoRAPool
-    from .preparing import prepare
     from .rankcallback import RankCallback
     from .ranks import RankAllocator
     from .training import LoRACallback
+    from .verbs import (
+        active_lora,
+        add_lora,
+        base_state_dict,
+        load_lora,
+        lora_adapter,
+        lora_names,
+        lora_state_dict,
+        lora_summary,
+        merge_and_save,
+        merge_lora,
+        no_lora,
+        prepare_lora,
+        print_lora_summary,
+        push_adapter_to_hub,
+        remove_lora,
+        reserve_lora,
+        route_lora,
+        save_lora,
+        set_lora,
+        train_lora,
+        unmerge_lora,
+        use_lora,
+    )
 
 __all__ = [
     "LoRAAdapter",
@@ -61,16 +84,37 @@ __all__ = [
     "RankAllocator",
     "RankCallback",
     "__version__",
+    "active_lora",
+    "add_lora",
+    "base_state_dict",
     "combine",
     "extract_lora",
     "kasa_loss",
     "list_adapters",
+    "load_lora",
+    "lora_adapter",
+    "lora_names",
+    "lora_state_dict",
+    "lora_summary",
+    "merge_and_save",
+    "merge_lora",
     "monteclora_loss",
+    "no_lora",
     "optimizer_groups",
     "plan",
-    "prepare",
+    "prepare_lora",
+    "print_lora_summary",
+    "push_adapter_to_hub",
     "register",
+    "remove_lora",
+    "reserve_lora",
+    "route_lora",
+    "save_lora",
+    "set_lora",
+    "train_lora",
+    "unmerge_lora",
     "unregister",
+    "use_lora",
 ]
 
 __version__ = "0.1.0"
@@ -90,7 +134,33 @@ _LATER = {
     "monteclora_loss": "monteclora",
     "optimizer_groups": "optimizer",
     "plan": "planning",
-    "prepare": "preparing",
+    **dict.fromkeys(
+        (
+            "active_lora",
+            "add_lora",
+            "base_state_dict",
+            "load_lora",
+            "lora_adapter",
+            "lora_names",
+            "lora_state_dict",
+            "lora_summary",
+            "merge_and_save",
+            "merge_lora",
+            "no_lora",
+            "prepare_lora",
+            "print_lora_summary",
+            "push_adapter_to_hub",
+            "remove_lora",
+            "reserve_lora",
+            "route_lora",
+            "save_lora",
+            "set_lora",
+            "train_lora",
+            "unmerge_lora",
+            "use_lora",
+        ),
+        "verbs",
+    ),
 }
 
 # Rooms that are reached as `hf_lora.<room>.…`, imported at their first use.

@@ -37,6 +37,7 @@ __all__ = [
     "POSITIONS",
     "ROW_MAPS",
     "SHARED_EXPERTS",
+    "SIDES",
     "PEFT_HEADS",
     "PRETRAINED_HEADS",
     "ROLES",
@@ -154,6 +155,14 @@ WAV2VEC2: Family = {
 # transformers 5.0 called these layers as BERT does; later releases as Llama does.
 VIT: Family = {**BERT, **_PROJ, **_FC, "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
 DINOV2: Family = {**VIT, "mlp.weights_in": Fused(("gate", "up")), "mlp.weights_out": "down"}
+SAM: Family = {
+    **_PROJ,
+    "out_proj": "o",
+    "attn.qkv": Fused(_QKV),
+    "attn.proj": "o",
+    "mlp.lin1": "up",
+    "mlp.lin2": "down",
+}
 QKV_TOWER: Family = {"attn.qkv": Fused(_QKV), "attn.proj": "o", **_FC, **_GATED}
 
 _FAMILIES: tuple[tuple[Family, str], ...] = (
@@ -198,6 +207,7 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
     (VIT, "vit swin deit"),
     (DINOV2, "dinov2 dinov2_with_registers"),
     (QKV_TOWER, "qwen2_vl_vision qwen2_5_vl_vision"),
+    (SAM, "sam sam_vision_model sam_mask_decoder"),
     # Composite models: their parts have entries of their own, what joins them has no role.
     ({}, "llava llava_next idefics3 smolvlm paligemma qwen2_vl qwen2_5_vl encoder-decoder vision-encoder-decoder"),
 )
@@ -212,6 +222,7 @@ STRUCTURE: Family = {
     **_attention("query_proj", "key_proj", "value_proj", "attention.output.dense"),
     **_attention("q_lin", "k_lin", "v_lin", "out_lin"),
     **_attention("q", "k", "v", "o"),
+    **_attention("to_q", "to_k", "to_v", "to_out.0"),
     **_attention("linear_q", "linear_k", "linear_v", "self_attn.linear_out"),
     "q_b_proj": "q",
     "wq": "q",
@@ -234,9 +245,11 @@ STRUCTURE: Family = {
     "dense_4h_to_h": "down",
     **{
         name: Fused(_QKV, "unknown")
-        for name in ("query_key_value", "qkv_proj", "Wqkv", "qkv", "c_attn", "in_proj_qkv", "W_pack", "wqkv")
+        for name in (
+            *("query_key_value", "qkv_proj", "Wqkv", "qkv", "c_attn", "in_proj_qkv", "W_pack", "wqkv", "to_qkv"),
+        )
     },
-    **{name: Fused(("k", "v"), "unknown") for name in ("kv", "kv_proj", "key_value", "kv_b_proj")},
+    **{name: Fused(("k", "v"), "unknown") for name in ("kv", "kv_proj", "key_value", "kv_b_proj", "to_kv")},
     **{name: Fused(("gate", "up"), "unknown") for name in ("gate_up_proj", "Wi", "w12")},
 }
 """What a model_type that has no entry is read with: names that mean the same wherever they occur."""
@@ -326,6 +339,7 @@ _BATCHES = (  # model_types, layers, and the form of their batch
     ("swin", r"\.attention\.([qkvo]_proj$|self\.|output\.)", "windows"),
     ("donut-swin maskformer-swin", r"\.attention\.(self|output)\.", "windows"),
     ("swinv2 swin2sr", r"\.attention\.(self\.(query|key|value)|output\.dense)$", "windows"),
+    ("sam_vision_model", r"\.attn\.(qkv|proj)$", "windows"),
     ("mllama_text_model", r"\.cross_attn\.[kv]_(proj|norm)$", "windows"),  # (rows · tiles, patches, d)
     ("fsmt", r"(^|\.)layers\.\d+\.", "second"),
     ("xlnet", r"(^|\.)(word_embedding|layer_norm|layer_[12])$", "second"),
@@ -374,6 +388,31 @@ EXPERT_LISTS: Mapping[str, tuple[str, str]] = {
     "NllbMoeExperts": ("router_mask", "one_hot"),
 }
 """Classes of expert lists on (B·T, d) → the argument of their forward that says which token goes to which expert."""
+
+SIDES: Mapping[str, frozenset[str]] = {
+    "language": frozenset({"language_model", "text_model", "text_encoder", "text_decoder", "lm_head"}),
+    "vision": frozenset(
+        {
+            "vision_tower",
+            "vision_model",
+            "vision_encoder",
+            "visual",
+            "image_encoder",
+            "embed_vision",
+            "vision_embed_tokens",
+        }
+    ),
+    "audio": frozenset({"audio_tower", "audio_model", "audio_encoder", "embed_audio", "speech_encoder"}),
+    "projector": frozenset(
+        {
+            *("multi_modal_projector", "mm_projector", "connector", "merger", "qformer", "resampler"),
+            *("perceiver_resampler", "language_projection", "visual_projection", "text_projection", "audio_projection"),
+        }
+    ),
+    "encoder": frozenset({"encoder"}),
+    "decoder": frozenset({"decoder", "mask_decoder"}),
+}
+"""Word before a role ("language.q") → components of the paths of what lies on that side."""
 
 INNER_PARTS = frozenset(
     {

@@ -123,6 +123,7 @@ class AdapterFacts:
     subfolder: str
     task: tuple[str, str | None]
     quantised: str | None = None
+    outside: str | None = None  # the base's class, module and all, where it is none of transformers
 
     @property
     def name(self) -> str:
@@ -200,6 +201,9 @@ class AdapterFacts:
         labels = f", num_labels={self._labels()}, ignore_mismatched_sizes=True" if self._labels() else ""
         load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({quoted(self.base)}{labels})"
         ours = f"import hf_lora\n{load}\nmodel.load_lora({quoted(self.repo_id)}{where})"
+        if self.outside:
+            load = f"\nmodel = ...  # {self.outside}, with the weights of {self.base}"
+            ours = f"import hf_lora\n{load}\nhf_lora.load_lora(model, {quoted(self.repo_id)}{where})"
         pull = f"PeftModel.from_pretrained(model, {quoted(self.repo_id)}{where})"
         theirs = f"from peft import PeftModel\n{load}\nmodel = {pull}"
         parts = ["With hf_lora:", _fenced("python", ours), "With PEFT:", _fenced("python", theirs)]
@@ -335,7 +339,16 @@ def facts_of(
     stock = architecture is not None or str(mapping.get("parent_library")).startswith("transformers.models.")
     if stock and said.isidentifier() and not said.endswith(tuple(_CLASSES)):
         task = (said, task[1])
-    return AdapterFacts(value, run, base, repo_id or "user/name", subfolder, task, quantised)
+    outside = None if stock else _outside(mapping)
+    return AdapterFacts(value, run, base, repo_id or "user/name", subfolder, task, quantised, outside)
+
+
+def _outside(mapping: Mapping[str, Any]) -> str | None:
+    """The class that an adapter's config names, if it is of another library than transformers."""
+    names = [mapping.get("parent_library"), mapping.get("base_model_class")]
+    path = ".".join(name for name in names if isinstance(name, str))
+    named = all(isinstance(name, str) and name for name in names) and all(map(str.isidentifier, path.split(".")))
+    return path if named and not path.startswith("transformers") and len(path) < _LONGEST else None
 
 
 def index(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:

@@ -12,6 +12,7 @@ from .layers import LoRAHeads, Swapped
 from .sharding import refuse_sharded
 from .slots import LoRASlots
 from .state import Entry, LoRAState
+from .wrappers import refuse_peft
 
 __all__ = ["refuse_foreign", "refuse_managed", "require_putable"]
 
@@ -64,6 +65,7 @@ def refuse_foreign(model: nn.Module, state: LoRAState | None, modules: Mapping[s
             name="peft_config",
             remedy="Unload them (delete_adapter, or PeftModel.unload), or save them and load_lora() the files.",
         )
+    refuse_peft(modules)
     for path, module in modules.items():
         held = module._modules.get("lora_slots") or module._modules.get("lora_heads")
         if isinstance(held, (LoRASlots, LoRAHeads, ExpertSlots)) and held.state is not state:

@@ -267,7 +267,7 @@ def push(
                 base_model=base,
                 repo_id=repo_id,
                 subfolder=subfolder,
-                architecture=None if architecture is None else architecture.__name__,
+                architecture=_name_in_transformers(architecture),
                 quantised=quantised,
                 words=words,
             )
@@ -371,7 +371,7 @@ def _words(card: str | Path | ModelCard | None) -> str | None:
 def _public(value: AdapterValue, base: str, architecture: type[Any] | None) -> AdapterValue:
     """The adapter with its base's id and class, and without fields that name folders of this machine."""
     kept = {name: item for name, item in value.config.peft_fields.items() if not any(map(is_local_path, _texts(item)))}
-    if architecture is not None and architecture.__module__.startswith("transformers."):
+    if architecture is not None and architecture.__module__ != "__main__":
         # Where PEFT writes it; `load_lora` compares it with the model that it is put on.
         mapping = {"base_model_class": architecture.__name__, "parent_library": architecture.__module__}
         kept.setdefault("auto_mapping", mapping)
@@ -386,6 +386,12 @@ def _public(value: AdapterValue, base: str, architecture: type[Any] | None) -> A
                 remedy=f"Set another {name}, or none.",
             )
     return dataclasses.replace(value, config=config)
+
+
+def _name_in_transformers(architecture: type[Any] | None) -> str | None:
+    """The name of a class of transformers, which a card can load the base by."""
+    ours = architecture is not None and architecture.__module__.startswith("transformers.")
+    return architecture.__name__ if architecture is not None and ours else None
 
 
 def _texts(item: Any) -> Iterator[str]:

@@ -176,6 +176,8 @@ def push_lora(model: nn.Module, repo_id: str, *, adapter: str | None = None, **o
         options["base_model"] = hub_id(getattr(getattr(model, "config", None), "_name_or_path", None))
     options.setdefault("run", require(model).entry(name).record.run)
     plain = next((cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")), None)
+    if plain is None and not hasattr(model, "base_model_prefix"):  # a class of another library, or of the user's
+        plain = getattr(type(model), "lora_base", type(model))
     return hub.push(value, repo_id, architecture=plain, quantised=described(model), **options)
 
 

@@ -14,7 +14,9 @@ from .layerinfo import why_not
 from .patterns import fullmatching
 from .survey import Survey
 
-__all__ = ["Asked", "Matcher", "last", "listed", "some", "within"]
+__all__ = ["ALL_LINEAR", "Asked", "Matcher", "last", "listed", "on_side", "some", "within"]
+
+ALL_LINEAR = "all-linear"
 
 Asked = dict[str, "frozenset[str] | None"]
 """What is asked of each layer: path → None for the whole layer, else some of its roles."""
@@ -35,10 +37,24 @@ class Matcher:
         self.used_roles = False
         self.skipped: list[str] = []
 
+    def is_role(self, item: str) -> bool:
+        """Whether a word is a role here, alone or of one side ("vision.q", "language.all-linear")."""
+        return item in self.roles or self.side_of(item) is not None
+
+    def side_of(self, item: str) -> tuple[str, str] | None:
+        """The side and the role of "language.q"; None if it is none, or if a module has that very name."""
+        side, _, word = item.partition(".")
+        if self.from_file or (word not in self.roles and word != ALL_LINEAR) or side not in arch.SIDES:
+            return None
+        named = any(name == item or name.endswith(f".{item}") for name in self.seen.modules)
+        return None if named or not any(on_side(path, side) for path in self.seen.layers) else (side, word)
+
     def match(self, item: str, field: str, *, regex: bool, as_role: bool = True, strict: bool = True) -> Asked:
         """Layers that one word, name or regular expression names; raises if there is none (with `strict`)."""
         if as_role and not regex and item in self.roles:
             return self._by_role(item, field)
+        if as_role and not regex and (sided := self.side_of(item)) is not None:
+            return self._by_side(item, field, *sided)
         modules = self.seen.modules
         if regex:
             names: Iterable[str] = fullmatching(item, [name for name in modules if name], field=field)
@@ -97,16 +113,38 @@ class Matcher:
             remedy=remedy,
         )
 
-    def _by_role(self, word: str, field: str) -> Asked:
+    def _by_side(self, item: str, field: str, side: str, word: str) -> Asked:
+        """Layers of one side of a model of several (its vision tower, say)."""
+        if word == ALL_LINEAR:
+            kinds = ("linear", "conv1d")
+            found: Asked = {path: None for path, layer in self.seen.layers.items() if layer.info.kind in kinds}
+            found.pop(self.seen.output_embeddings or "", None)
+            unable = [path for path, module in self.seen.modules.items() if isinstance(module, nn.Linear)]
+            unable = [path for path in (*unable, *self.seen.experts) if path not in self.seen.layers]
+            self._note_others(item, field, [path for path in unable if on_side(path, side)])
+            found = {path: None for path in found if on_side(path, side)}
+        else:
+            found = self._by_role(word, field, side)
+        if not found:
+            raise LoRATargetError(
+                f"{field}: {item!r} matches no layer of {type(self.model).__name__}: no layer of its {side} side has "
+                f"the role {word!r}",
+                name=field,
+                value=item,
+                remedy=self.near(item),
+            )
+        return found
+
+    def _by_role(self, word: str, field: str, side: str | None = None) -> Asked:
         self.used_roles = True
         if word == "head":
-            return dict.fromkeys(self.seen.head_layers())
+            return dict.fromkeys(path for path in self.seen.head_layers() if on_side(path, side))
         roles = frozenset(arch.ROLE_GROUPS[word])
         found: Asked = {}
         unknown: list[str] = []
         for path, layer in self.seen.layers.items():
             mine = roles.intersection(layer.roles)
-            if not mine:
+            if not mine or not on_side(path, side):
                 continue
             if layer.fused and not layer.rows:
                 unknown.append(path)
@@ -117,9 +155,16 @@ class Matcher:
             note = f"{some(unknown)}: fused layers whose rows for the role {word!r} are not known"
             if excluding or not found:
                 names = sorted({last(path) for path in unknown})
-                raise LoRAUnsupportedError(note, name=field, value=word, remedy=f"Name them whole: {some(names)}.")
+                raise LoRAUnsupportedError(
+                    note,
+                    name=field,
+                    value=word,
+                    remedy=f"Name them whole: {some(names)}. Or say the order of their rows on the class that holds "
+                    'them: lora_roles = {"' + names[0] + '": ("q", "k", "v")}, if they are equal parts in that order.',
+                )
             self.note(note)
-        experts = [path for path, held in self.seen.experts.items() if roles.intersection(held)]
+        held_by = self.seen.experts.items()
+        experts = [path for path, held in held_by if roles.intersection(held) and on_side(path, side)]
         if experts and not excluding:
             name = type(self.seen.modules[experts[0]]).__name__
             note = f"{some(experts)} ({name}): the role {word!r} in experts' 3-D parameters; "
@@ -150,9 +195,17 @@ class Matcher:
         names = {part for name in self.seen.layers for part in name.split(".") if not part.isdigit()}
         close = difflib.get_close_matches(last(item), sorted(names | self.roles), n=5, cutoff=0.5)
         layers = sorted({last(path) for path in self.seen.layers} - {"", *map(str, range(100))})
+        if item.partition(".")[0] in arch.SIDES:
+            sides = [side for side in arch.SIDES if any(on_side(path, side) for path in self.seen.layers)]
+            return f"Sides here: {some(sides) or 'none'}. Roles here: {listed(self.roles)}."
         if close:
             return f"Did you mean {some(close)}? Roles here: {listed(self.roles)}."
         return f"Layers here: {some(layers)}. Roles here: {listed(self.roles)}."
+
+
+def on_side(path: str, side: str | None) -> bool:
+    """Whether a layer lies on one side of its model; None is all of it."""
+    return side is None or not arch.SIDES[side].isdisjoint(path.split("."))
 
 
 def within(paths: Iterable[str], roots: Iterable[str]) -> list[str]:

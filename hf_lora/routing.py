@@ -43,9 +43,10 @@ def batch_of(model: nn.Module, first: Any, given: Mapping[str, Any]) -> int | No
     """How many rows a call of the model (its forward, or generate) is given; None if no argument tells.
 
     Args:
-        first: its first positional argument, if it has one.
+        first: its first positional argument, if it has one; a mapping holds arguments (sentence-transformers' way).
         given: its keyword arguments.
     """
+    given = {**first, **given} if isinstance(first, Mapping) else given
     mains = (getattr(part, "main_input_name", None) for part in (model, getattr(model, "encoder", None)))
     names = ["input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", *mains]
     encoded = given.get("encoder_outputs")  # a ModelOutput or a tuple: the hidden states come first

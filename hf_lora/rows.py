@@ -3,6 +3,7 @@
 Every known layout is the same few runs of rows repeated for each group of heads: `groups` times `((role, size), …)`.
 
     stacked    [q][k][v]                                  GPT-2, Phi-3, MPT, ModernBERT: one group
+    equal      as many rows for each role, whatever the heads (a model without a config)
     by_head    [q k v] of head 0, [q k v] of head 1, …    GPT-NeoX, BLOOM
     falcon     [q … q k v] for each key-value head        one such group where a single key-value head serves all
     codegen    four groups of [q][v][k]
@@ -102,7 +103,12 @@ def _mla(roles: tuple[str, ...], config: Any, out: int) -> _Runs:
     return _heads(config), tuple((role, sizes[role]) for role in roles)
 
 
+def _equal(roles: tuple[str, ...], config: Any, out: int) -> _Runs:
+    return 1, tuple((role, out // len(roles)) for role in roles)
+
+
 _LAYOUTS: Mapping[str, Callable[[tuple[str, ...], Any, int], _Runs]] = {
+    "equal": _equal,
     "stacked": _stacked,
     "by_head": _by_head,
     "falcon": _falcon,

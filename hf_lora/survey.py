@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from . import architectures as arch
 from .layerinfo import LayerInfo, describe_layer, modules_of, out_of
+from .libraries import own_family
 from .rows import role_rows
 
 __all__ = ["Layer", "Survey", "survey"]
@@ -116,7 +117,7 @@ def survey(model: nn.Module) -> Survey:
         if info is not None and info.kind == "attention":
             layers |= _attention(path, info, modules)
         elif info is not None:
-            layers[path] = _layer(path, info, part)
+            layers[path] = _layer(path, info, _told(path, part, modules))
         elif path and (roles := _expert_roles(module)):
             experts[path] = roles
     _structural_siblings(layers)
@@ -148,6 +149,18 @@ def _part(module: nn.Module, parent: _Part | None) -> _Part:
         return parent or _Part(None, None, arch.STRUCTURE, True)
     family = arch.ARCHITECTURES.get(model_type)
     return _Part(config, model_type, arch.STRUCTURE if family is None else family, family is None)
+
+
+def _told(path: str, part: _Part, modules: Mapping[str, nn.Module]) -> _Part:
+    """The part, with what the nearest module around the layer that knows it says of it."""
+    above, end = path, ""
+    while above:
+        above, _, name = above.rpartition(".")
+        end = f"{name}.{end}" if end else name
+        family = own_family(modules[above])
+        if family is not None and end in family:
+            return replace(part, family={path: family[end]})
+    return part
 
 
 def _endings(path: str) -> Iterator[str]:

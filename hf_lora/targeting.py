@@ -19,13 +19,11 @@ from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
 from .experttargets import ExpertTarget, expert_targets
 from .layerinfo import LayerInfo, describe_layer, why_not
-from .matching import Asked, Matcher, last, listed, some, within
+from .matching import ALL_LINEAR, Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
 from .survey import Layer, Survey, survey
 
 __all__ = ["LayerInfo", "Resolution", "Target", "describe_layer", "resolve", "roles_of"]
-
-_ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,13 @@ class _Resolver:
                 remedy="Widen target_modules, or narrow exclude_modules and modules_to_save.",
                 facts=self.words.skipped,
             )
+        if "" in asked:
+            raise LoRATargetError(
+                f"the model is one {type(self.model).__name__}, a layer without a name that a file could say",
+                name="target_modules",
+                value=self.config.target_modules,
+                remedy="Put it in a module: nn.Sequential(layer).",
+            )
         paths = [path for path in self.seen.layers if path in asked]
         self._check_patterns([*paths, *(target.path for target in experts)])
         values = resolved(self.config, {path: self.seen.layers[path].out_of for path in paths})
@@ -157,7 +162,7 @@ class _Resolver:
             wanted = self._defaults()
         if wanted == () and self.config.target_parameters:
             return {}
-        if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
+        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
             return self._all_linear(saved | implied)
         items: Sequence[str] = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         if not items:
@@ -168,7 +173,7 @@ class _Resolver:
                 remedy='Name roles (["q", "v"]), modules, or "all-linear".',
             )
         for item in items:
-            regex = isinstance(wanted, str) and item not in self.words.roles
+            regex = isinstance(wanted, str) and not self.words.is_role(item)
             found = self.words.match(item, "target_modules", regex=regex, as_role=not defaults, strict=not defaults)
             inside = [path for path in found if path in saved]
             if inside and len(inside) == len(found) and not self.from_file:
@@ -299,7 +304,7 @@ class _Resolver:
         items = (excluded,) if isinstance(excluded, str) else tuple(excluded)
         kept = dict(asked)
         for item in items:
-            regex = isinstance(excluded, str) and item not in self.words.roles
+            regex = isinstance(excluded, str) and not self.words.is_role(item)
             for path, roles in self.words.match(item, "exclude_modules", regex=regex).items():
                 if path not in kept:
                     continue

@@ -625,6 +625,7 @@ def test_every_model_type_of_the_table_is_tested() -> None:
         *["siglip2_vision_model", "idefics3_vision", "smolvlm_vision", "qwen2_vl_text", "qwen2_5_vl_text"],
         *["qwen2_vl_vision", "qwen2_5_vl_vision"],
     }
+    parts |= {"sam", "sam_vision_model", "sam_mask_decoder"}  # in test_multimodal.py
     other = {"RefinedWeb", "RefinedWebModel"}  # Falcon's remote code
     composite = {"encoder-decoder", "vision-encoder-decoder"}  # built from two others
     assert set(arch.ARCHITECTURES) - set(CASES) - parts - other - composite == set()
@@ -638,7 +639,7 @@ def test_defaults_are_those_of_peft() -> None:
     } == theirs
 
 
-@pytest.mark.parametrize("layout", ["stacked", "by_head", "falcon", "bigcode", "codegen", "mla", "unknown"])
+@pytest.mark.parametrize("layout", ["stacked", "equal", "by_head", "falcon", "bigcode", "codegen", "mla", "unknown"])
 def test_rows_that_do_not_fit_the_layer_are_never_guessed(layout: str) -> None:
     config = transformers.LlamaConfig(hidden_size=30, num_attention_heads=3)
     assert role_rows(arch.Fused(("q", "k", "v"), layout), config, 31) is None

@@ -44,7 +44,8 @@ TABLE: dict[str, str] = {
     "rows": "architectures",
     "batches": "architectures",
     "layerinfo": "architectures",
-    "survey": "architectures layerinfo rows",
+    "libraries": "architectures errors",
+    "survey": "architectures layerinfo libraries rows",
     "matching": "architectures errors layerinfo patterns survey",
     "targeting": "architectures attentionpairs batches config errors experttargets layerinfo matching patterns survey",
     "experttargets": "config errors expertnames layerinfo",
@@ -97,11 +98,11 @@ TABLE: dict[str, str] = {
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors expertputting extras fitting forms inits layerinfo targeting tokens tying values variants weights",  # noqa: E501
     "fitting": "batches config errors expertnames expertputting extras layerinfo layers quantised rounding sharding state targeting tokenfields tokens tying values weights",  # noqa: E501
-    "model": "activation attachment attention batches config convslots errors expertlayers expertnames expertputting experts extras fitting guards initial inits layerinfo layers oldnames preparing quantised reading replication reservation rounding sharding slots state targeting tokenfields tokens tying values variants weights",  # noqa: E501
+    "model": "activation attachment attention batches config convslots errors expertlayers expertnames expertputting experts extras fitting guards initial inits layerinfo layers oldnames preparing quantised reading replication reservation rounding sharding slots state targeting tokenfields tokens tying values variants weights wrappers",  # noqa: E501
     "switching": "errors model state",
     "merging": "backends errors exact expertnames extras layerinfo layers model replication sharding standins state switching targeting ties tokenfields tokens tying values variants weights workers",  # noqa: E501
     "attachment": "activation config errors facts layerinfo preparing quantised replication routing rowmaps state values",  # noqa: E501
-    "guards": "errors expertlayers layers sharding slots state",
+    "guards": "errors expertlayers layers sharding slots state wrappers",
     "reservation": "attachment config errors expertlayers layerinfo layers slots targeting",
     "reading": "attachment errors expertlayers expertnames expertputting experts fitting layerinfo layers sharding slots tying values",  # noqa: E501
     "optimizer": "errors expertlayers layers model",
@@ -124,13 +125,15 @@ TABLE: dict[str, str] = {
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
     "planning": "architectures backends banks config errors fields initial layerinfo model slots store survey targeting",  # noqa: E501
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
-    "mixin": "adapter config errors export integrations loading merging model preparing state store summary switching values",  # noqa: E501
+    "mixin": "integrations verbs",
+    "wrappers": "errors",
+    "verbs": "adapter config export integrations loading merging model preparing summary switching values wrappers",
     "importance": "lowrank spectrum values",
     "ranks": "agreement errors extras importance layers model sharding state values",
     "rankcallback": "errors model ranks",
     "training": "bases errors facts integrations loading merging model progress sharding state store weights",
     "registration": "integrations mixin",
-    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa monteclora optimizer planning pool preparing rankcallback ranks registration training",  # the __init__  # noqa: E501
+    "hf_lora": "adapter analysis arithmetic config errors hub importers kasa monteclora optimizer planning pool rankcallback ranks registration training verbs",  # the __init__  # noqa: E501
     # thin, and free to import anything
     "quickstart": "*",
     "recipe": "*",

@@ -352,8 +352,8 @@ def test_reentrant_checkpoints_keep_their_gradients(dense):
 def test_a_model_without_checkpointing_is_told_so():
     module = torch.nn.Linear(4, 4)
     with pytest.raises(LoRAUnsupportedError, match="gradient_checkpointing=False"):
-        hf_lora.prepare(module)
-    hf_lora.prepare(module, gradient_checkpointing=False)
+        hf_lora.prepare_lora(module)
+    hf_lora.prepare_lora(module, gradient_checkpointing=False)
     assert not module.weight.requires_grad
 
 

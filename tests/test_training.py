@@ -281,8 +281,8 @@ def test_folders_that_cannot_take_a_merged_model_are_refused(tiny: Any, tmp_path
 def test_push_options_are_what_the_verb_takes() -> None:
     from hf_lora.training import _PUSH_OPTIONS
 
-    verb = inspect.signature(hf_lora.mixin.LoRAMixin.push_adapter_to_hub)
-    assert set(verb.parameters) - {"self", "repo_id"} == _PUSH_OPTIONS
+    verb = inspect.signature(hf_lora.push_adapter_to_hub)
+    assert set(verb.parameters) - {"model", "repo_id"} == _PUSH_OPTIONS
 
 
 def test_a_model_on_which_nothing_trains_is_refused_before_the_first_step(tiny: Any, tmp_path: Path) -> None:

@@ -118,6 +118,33 @@ def adalora(
     _save(adapter, source, out, as_json)
 
 
+@import_app.command(no_args_is_help=True)
+def diffusion(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The file: .safetensors, .pt or .bin.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, in which each component gets its adapter's.")],
+    base_model: BaseModel = None,
+    allow_pickle: Pickle = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """A LoRA of a diffusion model, as kohya-ss or diffusers wrote it: an adapter for each component.
+
+    Example: `hf-lora import diffusion style.safetensors style --base-model stabilityai/stable-diffusion-xl-base-1.0`
+    """
+    from ..importers import from_diffusion
+
+    with stdout_is_ours():
+        found = from_diffusion(source, base_model=base_model, allow_pickle=allow_pickle)
+    for component in found:
+        refuse_adapter_in(out / component, force)
+    results = [_saved(found[component], source, out / component) for component in found]
+    if as_json:
+        emit({"source": source, "folder": out, "components": dict(zip(found, results, strict=True))})
+        return
+    for result in results:
+        _say(result)
+
+
 def _enabled(given: list[str]) -> Any:
     """enable_lora from "1,0,1", or from several "name=1,0,1"; None if nothing was given."""
     lists: dict[str, list[bool]] = {}
@@ -147,19 +174,26 @@ def refuse_adapter_in(folder: Path, force: bool) -> None:
 
 
 def _save(adapter: Any, source: Path, out: Path, as_json: bool) -> None:
+    result = _saved(adapter, source, out)
+    if as_json:
+        emit(result)
+    else:
+        _say(result)
+
+
+def _saved(adapter: Any, source: Path, out: Path) -> dict[str, Any]:
     adapter.save(out)
-    ranks = sorted({factors.rank for factors in adapter.factors.values()})
-    result = {
+    return {
         "source": source,
         "folder": out,
         "base_model": adapter.config.base_model,
         "layers": len(adapter.factors),
-        "ranks": ranks,
+        "ranks": sorted({factors.rank for factors in adapter.factors.values()}),
         "parameters": adapter.num_parameters,
     }
-    if as_json:
-        emit(result)
-        return
-    said = f"{out}: {len(adapter.factors)} layers, rank {', '.join(map(str, ranks))}"
-    said += f", {adapter.num_parameters:,} parameters"
+
+
+def _say(result: dict[str, Any]) -> None:
+    said = f"{result['folder']}: {result['layers']} layers, rank {', '.join(map(str, result['ranks']))}"
+    said += f", {result['parameters']:,} parameters"
     stdout().print(said, markup=False, highlight=False, soft_wrap=True)

@@ -51,10 +51,12 @@ def merge_and_save(
 
     Raises:
         LoRAFileError: the folder holds something, or it cannot be written (a full disk).
-        LoRAStateError, LoRAUnsupportedError: as of `merge_lora`, but for the training mode, which is fine here; also if
-            `which` is given while something is merged. Nothing was written then, and the model is as before.
+        LoRAUnsupportedError: it is no model of transformers; as of `merge_lora`.
+        LoRAStateError: as of `merge_lora`, but for the training mode, which is fine here; also if `which` is given
+            while something is merged. Nothing was written then, and the model is as before.
     """
     state, target = require(model), Path(directory)
+    _require_transformers(model)
     refuse_out(target)
     if state.merged is None and not dequantize and quantised.described(model) is not None:
         return _from_original(model, target, which, max_shard_size)
@@ -79,6 +81,20 @@ def merge_and_save(
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
     return target
+
+
+def _require_transformers(model: Any) -> None:
+    """Raise unless the model is one of transformers: others have no folder that every tool reads."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise LoRAUnsupportedError(
+            f"merge_and_save() writes a model folder of transformers, and a {type(model).__name__} is no model of it.",
+            name="model",
+            value=type(model).__name__,
+            expected="a PreTrainedModel",
+            remedy="Call merge_lora(), save hf_lora.base_state_dict(model) your own way, and call unmerge_lora().",
+        )
 
 
 def _from_original(model: Any, target: Path, which: Which, max_shard_size: int | str | None) -> Path:

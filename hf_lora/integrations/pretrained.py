@@ -21,7 +21,7 @@ from ..layerinfo import is_held
 from ..loading import push_lora, save_checkpoint
 from ..model import put, read, remove, state_of
 from ..sharding import is_sharded
-from ..state import Active
+from ..state import Active, LoRAState
 from ..tokenfields import ids_of
 from ..tokens import rows_of
 from ..values import AdapterValue
@@ -66,7 +66,7 @@ def install(registry: Registry, cls: Any) -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = state_of(self)
+        state = state_of(self) or _state_around(self)
         if state is None:
             return save(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
@@ -76,12 +76,13 @@ def install(registry: Registry, cls: Any) -> None:
             _refuse_beside_an_adapter(options["save_directory"])
             tensors = base_state_dict(self) if tensors is None else {k: t for k, t in tensors.items() if not is_held(k)}
             given.arguments["state_dict"] = tensors
-            self.__dict__.pop("_hf_peft_config_loaded", None)
+            loaded = self.__dict__.pop("_hf_peft_config_loaded", None)
             try:
                 with _parted(self, tensors) if state.merged.ties else contextlib.nullcontext():
                     return save(*given.args, **given.kwargs)
             finally:
-                self._hf_peft_config_loaded = True
+                if loaded is not None:
+                    self._hf_peft_config_loaded = loaded
         if options.get("push_to_hub"):
             raise LoRAUnsupportedError(
                 "save_pretrained(push_to_hub=True) of a model with a LoRA is not supported.",
@@ -153,6 +154,25 @@ def install(registry: Registry, cls: Any) -> None:
     registry.set(cls, "tie_weights", tying)
     registry.set(cls, "_set_gradient_checkpointing", _set_gradient_checkpointing)
     registry.set(cls, "resize_token_embeddings", resize_token_embeddings)
+
+
+def _state_around(model: nn.Module) -> LoRAState | None:
+    """The state of the model that this one lies in, if its adapters are merged; stock would write their keys, too.
+
+    Raises:
+        LoRAStateError: they are not merged.
+    """
+    for path, module in model.named_modules():
+        if is_held(path) and isinstance(state := getattr(module, "state", None), LoRAState):
+            if state.merged is not None:
+                return state
+            raise LoRAStateError(
+                f"{path.rpartition('.')[0]} carries adapters that were added through the model around this one.",
+                name=path,
+                remedy="Save them with hf_lora.save_lora(model, directory) of that model; to save the whole, call "
+                "merge_lora() or remove_lora() there first.",
+            )
+    return None
 
 
 def _refuse_beside_an_adapter(directory: str | os.PathLike[str]) -> None:

@@ -178,7 +178,7 @@ def loaded(arm: Arm, options: argparse.Namespace) -> Any:
         options.base, dtype=torch.float32, quantization_config=quantisation() if arm.quantised else None
     )
     if arm.init is not None:
-        hf_lora.prepare(model, gradient_checkpointing=False)
+        hf_lora.prepare_lora(model, gradient_checkpointing=False)
         model.add_lora(lora(arm))
     return model
 
