@@ -1,0 +1,103 @@
+"""A small model of a model_type and what it eats: the first way of shrinking, and class, that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .classes import classes
+from .feed import Given, inputs
+from .shrink import WAYS, small_config
+
+__all__ = ["Built", "CannotBuild", "build", "run", "tensors"]
+
+MOST = 30_000_000  # parameters
+
+
+class CannotBuild(Exception):
+    """No small model; says what each attempt said."""
+
+
+@dataclass
+class Built:
+    """A model that runs.
+
+    Attributes:
+        model: in eval mode, with random weights.
+        given: of its forward.
+        way: of shrinking (see `shrink`).
+    """
+
+    model: Any
+    given: Given
+    way: str
+
+
+def build(model_type: str, say: Any = None) -> Built:
+    """A small model, fed once. Raises CannotBuild."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = classes(model_type)
+    if not found:
+        raise CannotBuild("no model class takes this config by itself: it is a part of another model's")
+    said: dict[str, None] = {}
+    for of in found[:3]:
+        for way in WAYS:
+            try:
+                return _one(of, CONFIG_MAPPING[model_type], model_type, way)
+            except Exception as error:  # noqa: BLE001  # another way may do
+                line = f"{of.__name__} ({way}): {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                said[line] = None
+                if say is not None:
+                    say(line, error)
+    raise CannotBuild(next(iter(said)), list(said))
+
+
+def _one(of: Any, config_class: Any, model_type: str, way: str) -> Built:
+    config = small_config(config_class, model_type, way)
+    with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
+        count = sum(p.numel() for p in of._from_config(copy.deepcopy(config)).parameters())
+        if count > MOST:
+            raise ValueError(f"{count / 1e6:.0f} million parameters are too many")
+    torch.manual_seed(0)
+    model = of._from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and not parameter.any():
+                parameter.normal_(std=0.05)
+    given = inputs(model, model_type)
+    first, second = run(model, given), run(model, given)
+    if not first:
+        raise ValueError("its output holds no numbers")
+    if not all(bool(t.isfinite().all()) for t in first.values()):
+        first = {k: t for k, t in first.items()}
+        if not any(bool(t.isfinite().any()) for t in first.values()):
+            raise ValueError("its output is not finite")
+    if any(not torch.equal(t.nan_to_num(), second[k].nan_to_num()) for k, t in first.items()):
+        raise ValueError("two equal forwards differ")
+    return Built(model, given, way)
+
+
+def run(model: Any, given: Given, grad: bool = False) -> dict[str, Tensor]:
+    """Every tensor of numbers that the forward gives, by its place."""
+    torch.manual_seed(1)
+    with contextlib.nullcontext() if grad else torch.no_grad():
+        return tensors(model(**copy.deepcopy(given)))
+
+
+def tensors(found: Any, path: str = "") -> dict[str, Tensor]:
+    """The floating-point tensors in an output, however deep."""
+    if isinstance(found, Tensor):
+        return {path: found} if found.is_floating_point() and found.numel() else {}
+    if hasattr(found, "items"):
+        parts = list(found.items())
+    elif isinstance(found, (list, tuple)):
+        parts = list(enumerate(found))
+    else:
+        return {}
+    return {k: t for name, one in parts for k, t in tensors(one, f"{path}.{name}" if path else str(name)).items()}
