@@ -99,6 +99,8 @@ class _Resolver:
     def __init__(self, seen: Survey, model: nn.Module, config: LoRAConfig, from_file: bool) -> None:
         self.seen, self.model, self.config, self.from_file = seen, model, config, from_file
         self.words = Matcher(seen, model, from_file)
+        wanted = config.target_modules
+        self.all_linear = isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR
 
     def resolve(self) -> Resolution:
         explicit, inferred = self._heads()
@@ -146,7 +148,7 @@ class _Resolver:
         defaults = wanted is None
         if wanted is None:
             wanted = self._defaults()
-        if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
+        if self.all_linear:
             return self._all_linear(saved | implied)
         items: Sequence[str] = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         if not items:
@@ -351,6 +353,10 @@ class _Resolver:
             if min(rows, layer.info.in_features) < limit:
                 limit = min(rows, layer.info.in_features)
                 of = f"{rows} x {layer.info.in_features} (its rows of role {role!r})"
+        if rank > limit and self.all_linear:  # a gate of one row, say: as much as it can have, at the same scaling
+            alpha *= (limit / rank) ** (0.5 if self.config.use_rslora else 1.0)
+            self.words.note(f"{path}: rank {limit}, the largest that it can have ({of})")
+            rank = limit
         if rank > limit:
             raise LoRAConfigError(
                 f"rank {rank} is above {limit}, the largest that {path!r} of {of} can have",

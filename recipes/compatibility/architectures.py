@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from architectures_parts.chain import COLUMNS
 from architectures_parts.classes import model_types
-from architectures_parts.pool import Pool, row
+from architectures_parts.pool import Pool, row, work
 
 NAME = "architectures-matrix"
 Row = dict[str, Any]
@@ -42,7 +42,11 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="model_types that it fits")
     parser.add_argument("--check", default="", metavar="REGEX", help="columns in which it is found")
     parser.add_argument("--here", action="store_true", help="in this process, with tracebacks")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # what the pool's process does
     given = parser.parse_args()
+    if given.work:
+        work()
+        return
     columns = [name for name in COLUMNS if re.search(given.check, name)]
     wanted = [name for name in model_types() if not given.only or re.fullmatch(given.only, name)]
     kept: dict[str, Row] = {}

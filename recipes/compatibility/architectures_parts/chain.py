@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from variants_parts.formula import written_out
 
 import hf_lora
 from hf_lora.errors import LoRAError, LoRATargetError, LoRAUnsupportedError
@@ -26,6 +28,10 @@ _ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 Tensors = dict[str, Tensor]
 Cell = dict[str, Any]
+
+
+class _Leaves(Exception):
+    """PEFT reads a file, and not all of it."""
 
 
 class Failed(Exception):
@@ -55,6 +61,7 @@ class _Scene:
 
     def play(self, folder: Path) -> None:
         """The whole chain; raises at the first promise that does not hold."""
+        self.folder = folder
         model, given = self.fresh(), self.built.given
         classes, bits = _classes(model), _bits(model)
         targets = "all-linear" if self.column == "all-linear" else self.roles(model)
@@ -77,10 +84,9 @@ class _Scene:
         other = self.fresh()
         name = other.load_lora(folder)
         self.agree(run(other, given), ours, "loaded again", lambda: self.in_64(folder))
-        _equal(run(other, given), ours, None)
 
         self.step = "merge"
-        self.merge(other, name, ours)
+        self.merge(other, name, run(other, given))
 
         self.step = "remove"
         for left in (model, other):
@@ -122,32 +128,42 @@ class _Scene:
             _loss(run(model, self.built.given, grad=True)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        moved = [n for n, p in trained if "lora_B" in n and bool(p.any())]
-        count = sum("lora_B" in n for n, _ in trained)
-        self.cell |= {"layers": count, "trained": len(moved)}
+        ups = {n: bool(p.any()) for n, p in trained if re.search(r"\.lora_slots\.B\d", n)}
+        moved = [n for n, nonzero in ups.items() if nonzero]
+        self.cell |= {"layers": len(ups), "trained": len(moved)}
         _require(bool(moved), "no gradient reaches the adapter")
+        with torch.no_grad():  # a layer that the inputs do not reach, or that only reads W: it is not to be zero
+            for name, p in trained:
+                if name in ups and not ups[name]:
+                    p.normal_(std=0.3)
         _require(all(bool(p.isfinite().all()) for _, p in trained), "the training diverged")
 
     def peft(self, folder: Path, ours: Tensors) -> None:
+        """PEFT's forward of the file; the formula's where PEFT cannot read it, or leaves layers of it out."""
         import peft
 
         try:
-            theirs = run(peft.PeftModel.from_pretrained(self.fresh(), str(folder)).eval(), self.built.given)
+            model = peft.PeftModel.from_pretrained(self.fresh(), str(folder)).eval()
+            takes, wants = _peft_layers(model), _layers_of(folder)
+            if takes != wants:
+                raise _Leaves(f"PEFT adapts {len(takes & wants)} of the {len(wants)} layers of the file")
+            theirs = run(model, self.built.given)
         except Exception as error:  # noqa: BLE001  # whatever PEFT cannot do
-            self.cell["peft"] = said(error)
-            theirs = run(self.written_out(folder), self.built.given)
-            self.agree(ours, theirs, "W + s·BA written out", None)
+            self.cell["peft"] = str(error) if isinstance(error, _Leaves) else said(error)
+        else:
+            self.agree(ours, theirs, "PEFT", lambda: self.in_64(folder))
             return
-        self.agree(ours, theirs, "PEFT", lambda: self.in_64(folder))
+        theirs = run(written_out(self.base, [folder]).float(), self.built.given)
+        self.agree(ours, theirs, "W + s·BA written out", lambda: self.formula_64(folder))
 
     def in_64(self, folder: Path) -> tuple[Tensors, Tensors]:
         """Ours and PEFT's forward of the same file, all in float64."""
         import peft
 
-        ours = self.fresh().double()
+        ours = self.double()
         ours.load_lora(folder)
-        theirs = peft.PeftModel.from_pretrained(self.fresh(), str(folder)).eval().double()
-        given = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.built.given.items()}
+        theirs = peft.PeftModel.from_pretrained(_eager(self.fresh()), str(folder)).eval().double()
+        given = self.given_64()
         return run(ours, given), run(theirs, given)
 
     def merge(self, model: Any, name: str, ours: Tensors) -> None:
@@ -208,23 +224,49 @@ class _Scene:
             apart = max(apart, precise)
         raise Failed(f"{what}: {apart:.0e} of the largest value apart")
 
+    def formula_64(self, folder: Path) -> tuple[Tensors, Tensors]:
+        """Ours and the formula's forward of the same file, all in float64."""
+        ours = self.double()
+        ours.load_lora(folder)
+        return run(ours, self.given_64()), run(_eager(written_out(self.base, [folder])), self.given_64())
+
     def merged_64(self) -> tuple[Tensors, Tensors]:
-        raise NotImplementedError
+        """Merged and unmerged, all in float64."""
+        model, given = self.double(), self.given_64()
+        model.load_lora(self.folder)
+        unmerged = run(model, given)
+        model.merge_lora(untie=True)
+        return run(model, given), unmerged
 
-    def written_out(self, folder: Path) -> Any:
-        """The base with W + s·B·A in its weights, from the file, in float64 arithmetic."""
-        from safetensors.torch import load_file
+    def given_64(self) -> dict[str, Any]:
+        given = self.built.given.items()
+        return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given}
 
-        model, factors = self.fresh(), load_file(folder / "adapter_model.safetensors")
-        with torch.no_grad():
-            for key, a in factors.items():
-                if "lora_A" not in key:
-                    continue
-                path = key.removeprefix("base_model.model.").partition(".lora_A")[0]
-                weight = model.get_submodule(path).weight
-                delta = factors[key.replace("lora_A", "lora_B")].double() @ a.double() * (ALPHA / RANK)
-                weight.copy_(weight.double() + (delta.T if delta.shape != weight.shape else delta))
-        return model
+    def double(self) -> Any:
+        """The base, again, in float64."""
+        return _eager(self.fresh().double())
+
+
+def _eager(model: Any) -> Any:
+    """Experts one after another: the grouped product knows no float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def _peft_layers(model: Any) -> set[str]:
+    """Paths of the layers that a PEFT model has adapted."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    return {name for name in found if not name.endswith(".base_layer")}
+
+
+def _layers_of(folder: Path) -> set[str]:
+    """Paths of the layers that a file has factors for."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        keys = [key.removeprefix("base_model.model.") for key in file.keys()]
+    return {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
 
 
 def said(error: BaseException) -> str:
@@ -264,9 +306,9 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _equal(ours: Tensors, theirs: Tensors, otherwise: str | None) -> None:
+def _equal(ours: Tensors, theirs: Tensors, otherwise: str) -> None:
     same = ours.keys() == theirs.keys() and all(ours[k].nan_to_num().equal(v.nan_to_num()) for k, v in theirs.items())
-    _require(same or otherwise is None, otherwise or "")
+    _require(same, otherwise)
 
 
 def _apart(ours: Tensors, theirs: Tensors) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Pool", "row"]
+__all__ = ["Pool", "row", "work"]
 
 SECONDS, MEMORY, ROWS = 60, 8 << 30, 150  # of a row, of a process; rows of a process
 Row = dict[str, Any]
@@ -82,8 +82,7 @@ class Pool:
     def start(self) -> None:
         self.stop()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            cwd=Path(__file__).parents[1],
+            [sys.executable, str(Path(__file__).parents[1] / "architectures.py"), "--work"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -99,7 +98,7 @@ class Pool:
         self.process = None
 
 
-def _work() -> None:
+def work() -> None:
     """Read names of model_types, write rows."""
     import logging
 
@@ -118,7 +117,3 @@ def _work() -> None:
             found = {"model_type": json.loads(line)[0], "not_built": f"{type(error).__name__}: {str(error)[:200]}"}
         answers.write(json.dumps(found, ensure_ascii=False) + "\n")
         answers.flush()
-
-
-if __name__ == "__main__":
-    _work()
