@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .classes import classes
-from .feed import Given, inputs
+from .feed import VARIANTS, Given, inputs
 from .shrink import WAYS, small_config
 
 __all__ = ["Built", "CannotBuild", "build", "run", "tensors"]
@@ -30,7 +31,7 @@ class Built:
     Attributes:
         model: in eval mode, with random weights.
         given: of its forward.
-        way: of shrinking (see `shrink`).
+        way: of shrinking (see `shrink`), and of feeding where it is another than the first (see `feed`).
     """
 
     model: Any
@@ -47,18 +48,43 @@ def build(model_type: str, say: Any = None) -> Built:
         raise CannotBuild("no model class takes this config by itself: it is a part of another model's")
     said: dict[str, None] = {}
     for of in found[:3]:
-        for way in WAYS:
-            try:
-                return _one(of, CONFIG_MAPPING[model_type], model_type, way)
-            except Exception as error:  # noqa: BLE001  # another way may do
-                line = f"{of.__name__} ({way}): {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                said[line] = None
-                if say is not None:
-                    say(line, error)
+        for variants in (VARIANTS, ("text",)):
+            for way in WAYS:
+                for line, one in _tries(of, CONFIG_MAPPING[model_type], model_type, way, variants):
+                    if isinstance(one, Built):
+                        return one
+                    said[line] = None
+                    if say is not None:
+                        say(line, one)
     raise CannotBuild(next(iter(said)), list(said))
 
 
-def _one(of: Any, config_class: Any, model_type: str, way: str) -> Built:
+def _tries(of: Any, config_class: Any, model_type: str, way: str, variants: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """What each try came to: a Built, or an error and a line about it."""
+
+    def line(error: Exception, variant: str = "") -> str:
+        kind = f"{way}, {variant}" if variant else way
+        return f"{of.__name__} ({kind}): {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+    try:
+        model = _small(of, config_class, model_type, way)
+    except Exception as error:  # noqa: BLE001  # another way may do
+        yield line(error), error
+        return
+    for variant in variants:
+        try:
+            given = inputs(model, model_type, variant)
+            _check(run(model, given), run(model, given))
+        except LookupError as error:
+            if not variant:
+                yield line(error), error
+        except Exception as error:  # noqa: BLE001  # another variant may do
+            yield line(error, variant), error
+        else:
+            yield "", Built(model, given, f"{way}, {variant}" if variant else way)
+
+
+def _small(of: Any, config_class: Any, model_type: str, way: str) -> Any:
     config = small_config(config_class, model_type, way)
     with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
         count = sum(p.numel() for p in of._from_config(copy.deepcopy(config)).parameters())
@@ -70,17 +96,16 @@ def _one(of: Any, config_class: Any, model_type: str, way: str) -> Built:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") and not parameter.any():
                 parameter.normal_(std=0.05)
-    given = inputs(model, model_type)
-    first, second = run(model, given), run(model, given)
+    return model
+
+
+def _check(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     if not first:
         raise ValueError("its output holds no numbers")
-    if not all(bool(t.isfinite().all()) for t in first.values()):
-        first = {k: t for k, t in first.items()}
-        if not any(bool(t.isfinite().any()) for t in first.values()):
-            raise ValueError("its output is not finite")
+    if not any(bool(t.isfinite().any()) for t in first.values()):
+        raise ValueError("its output is not finite")
     if any(not torch.equal(t.nan_to_num(), second[k].nan_to_num()) for k, t in first.items()):
         raise ValueError("two equal forwards differ")
-    return Built(model, given, way)
 
 
 def run(model: Any, given: Given, grad: bool = False) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ def model_types() -> list[str]:
 
 def classes(model_type: str) -> list[Any]:
     """Model classes of a model_type, the one to try first first; empty if none takes its config."""
+    import transformers
     from transformers import PreTrainedModel
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -41,6 +42,7 @@ def classes(model_type: str) -> list[Any]:
         names += [found] if isinstance(found, str) else found
     held = list(_modeling(config_class))
     found = [getattr(module, name) for name in dict.fromkeys(names) for module in held if hasattr(module, name)]
+    found += [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     for module in held:
         for of in vars(module).values():
             if inspect.isclass(of) and issubclass(of, PreTrainedModel) and of.__module__ == module.__name__:

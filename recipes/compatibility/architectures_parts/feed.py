@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .table import EXCEPTIONS
 
-__all__ = ["Given", "inputs"]
+__all__ = ["VARIANTS", "Given", "inputs"]
 
 Given = dict[str, Any]
 ROWS, LENGTH = 2, 12
@@ -21,8 +21,8 @@ _TEXT_FROM = 5  # ids below are special tokens
 class _Maker:
     """Makes the arguments of one model's forward."""
 
-    def __init__(self, model: Any, model_type: str) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: Any, model_type: str, variant: str) -> None:
+        self.model, self.config, self.variant = model, model.config, variant
         self.exception: Mapping[str, Any] = EXCEPTIONS.get(model_type, {})
         self.asked = inspect.signature(type(model).forward).parameters
         self.generator = torch.Generator().manual_seed(7)
@@ -80,14 +80,23 @@ class _Maker:
 
     def make(self) -> Given:
         asked, given = self.asked, dict[str, Any]()
-        if "pixel_values" in asked:
+        if "pixel_values" in asked and self.variant != "text":
             if "image_grid_thw" in asked:
                 given |= self.patches()
+            elif "spatial_shapes" in asked:
+                given |= self.shaped()
+            elif "grid_thw" in asked:
+                patches = self.patches()
+                given |= {"pixel_values": patches["pixel_values"], "grid_thw": patches["image_grid_thw"]}
             else:
                 given["pixel_values"] = self.image()
+        elif "grid_thw" in asked and "hidden_states" in asked:
+            patches = self.patches()
+            given |= {"hidden_states": patches["pixel_values"], "grid_thw": patches["image_grid_thw"]}
         for name, maker in _MAKERS.items():
             required = name in asked and asked[name].default is inspect.Parameter.empty
-            if name in asked and name not in given and (required or name in _WANTED):
+            wanted = name in _WANTED and not (self.variant == "text" and name.startswith(("pixel", "input_f", "input_v")))
+            if name in asked and name not in given and (required or wanted):
                 given[name] = maker(self)
         if self.config.is_encoder_decoder and "decoder_input_ids" in asked:
             given["decoder_input_ids"] = self.ids()
@@ -96,6 +105,15 @@ class _Maker:
             given[name] = value
             if value is None:
                 del given[name]
+        if self.variant in _VARIANTS:
+            name, change = _VARIANTS[self.variant]
+            if not isinstance(given.get(name), Tensor):
+                raise LookupError(f"no {name}")
+            given[name] = change(given[name])
+        for name in ("input_features_mask", "audio_mel_mask"):
+            if name in asked and "input_features" in given:
+                frames = given["input_features"].shape[1 if self.variant == "features last" else 2]
+                given[name] = torch.ones(ROWS, frames, dtype=torch.long)
         if "input_ids" in given and self.exception.get("place", True):
             self.place(given)
         missing = [
@@ -106,6 +124,15 @@ class _Maker:
         if missing:
             raise LookupError(f"nothing is known to give for {missing}")
         return given
+
+    def shaped(self) -> Given:
+        """Images as rows of flattened patches, with their heights and widths."""
+        patch = self.size("patch_size", default=8)
+        return {
+            "pixel_values": self.noise(ROWS, 16, self.channels() * patch * patch),
+            "pixel_attention_mask": torch.ones(ROWS, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4]] * ROWS),
+        }
 
     def place(self, given: Given) -> None:
         """As many placeholders in the text as an image or a sound has features."""
@@ -166,6 +193,23 @@ _MAKERS: Mapping[str, Callable[[_Maker], Any]] = {
 _WANTED = frozenset({"input_ids", "bbox", "pixel_values", "input_features", "input_values", "past_values"})
 
 
-def inputs(model: Any, model_type: str) -> Given:
-    """The arguments of a forward; the same each time. Raises LookupError if nothing is known for one that it needs."""
-    return _Maker(model, model_type).make()
+_VARIANTS: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "features last": ("input_features", lambda x: x.transpose(1, 2).contiguous()),
+    "several images": ("pixel_values", lambda x: x[:, None].repeat(1, 2, *[1] * (x.ndim - 1))),
+    "channels": ("input_values", lambda x: x[:, None]),
+    "time last": ("input_values", lambda x: torch.randn(ROWS, 64, 16, generator=torch.Generator().manual_seed(7))),
+}
+VARIANTS = ("", *_VARIANTS)
+"""Ways of giving the same: an argument has another order of dimensions in some models."""
+
+
+def inputs(model: Any, model_type: str, variant: str = "") -> Given:
+    """The arguments of a forward; the same each time.
+
+    Args:
+        variant: one of VARIANTS, or "text": no images and no sounds.
+
+    Raises:
+        LookupError: nothing is known for an argument that it needs.
+    """
+    return _Maker(model, model_type, variant).make()

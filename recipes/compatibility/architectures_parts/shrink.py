@@ -8,7 +8,7 @@ another still fits; "layers" leaves the widths alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from .table import EXCEPTIONS, Rule
@@ -67,7 +67,7 @@ def small_config(config_class: Any, model_type: str, way: str) -> Any:
     exception = EXCEPTIONS.get(model_type, {})
     given = exception.get("start", {})
     base = exception["make"]() if "make" in exception else config_class(**given)
-    fields = _Shrinker(way).shrink(base.to_dict())
+    fields = _Shrinker(way, exception.get("sections", ())).shrink(base.to_dict())
     _put(fields, exception.get("fields", {}))
     for name in exception.get("drop", ()):
         fields.pop(name, None)
@@ -83,32 +83,49 @@ def _put(fields: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 class _Shrinker:
-    def __init__(self, way: str) -> None:
-        self.way = way
+    def __init__(self, way: str, sections: Sequence[int] = ()) -> None:
+        self.way, self.sections = way, sections
         self.tokens: dict[int, int] = {}
         self.factor = {"table": 8, "scaled": 8, "layers": 1}[way]
 
     def shrink(self, fields: dict[str, Any], path: str = "") -> dict[str, Any]:
         """The fields of a config, its parts' too, made small."""
-        if "factor" in fields or "rope_type" in fields or "rope_theta" in fields and len(fields) < 12:
+        if "factor" in fields or "rope_type" in fields or ("rope_theta" in fields and len(fields) < 12):
             return self.rope(fields)
         layers = self.layers(fields)
-        fields = {**fields, **self.image(fields)}
+        fields = {**self.stages(fields, layers), **self.image(fields)}
+        depth = fields.get("num_hidden_layers")
         found: dict[str, Any] = {}
         for name, value in fields.items():
+            if name == "per_layer_config" and type(depth) is int:
+                continue
             if name in ("id2label", "label2id"):
                 found[name] = _labels(value, name)
             elif isinstance(value, dict):
                 found[name] = self.shrink(value, f"{path}{name}.")
+            elif isinstance(value, list) and len(value) == depth and depth > layers and not _KINDS.match(name):
+                found[name] = [self.one(name, one, layers) for one in value[:layers]]
             else:
                 found[name] = self.one(name, value, layers)
         return found
+
+    def stages(self, fields: dict[str, Any], layers: int) -> dict[str, Any]:
+        """A backbone's fields without the names of stages that it will not have; each config makes its own."""
+        wanted = fields.get("out_indices")
+        if "stage_names" not in fields or fields.get("depths"):
+            return fields
+        kept = {k: v for k, v in fields.items() if k not in ("stage_names", "out_features", "out_indices")}
+        count = len(wanted) if isinstance(wanted, (list, tuple)) else 1
+        if count > 1:
+            kept |= {"num_hidden_layers": max(layers, count), "out_indices": list(range(1, count + 1))}
+        return kept
 
     def layers(self, fields: dict[str, Any]) -> int:
         """How many layers are needed for one of each kind."""
         kinds = [fields[n] for n in fields if _KINDS.match(n) and isinstance(fields[n], list)]
         distinct = [len({str(v) for v in k}) for k in kinds if k and not isinstance(k[0], list)]
-        return max([2, *distinct])
+        wanted = fields.get("out_indices") if "stage_names" in fields else None
+        return max([2, len(wanted) if isinstance(wanted, (list, tuple)) else 0, *distinct])
 
     def image(self, fields: dict[str, Any]) -> dict[str, Any]:
         """An image of 4 x 4 patches."""
@@ -188,6 +205,8 @@ class _Shrinker:
     def rope(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Parameters of rotary embeddings: sections and factors of as many parts as a head has left."""
         found = dict(fields)
+        if self.sections and "rope_type" in fields and self.way == "table":
+            found["mrope_section"] = list(self.sections)
         for name, value in fields.items():
             if isinstance(value, dict):
                 found[name] = self.rope(value)

@@ -19,6 +19,15 @@ class Rule:
         return self.pattern.search(name) is not None
 
 
-EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {}
+_SECTIONS = {  # of rotary embeddings with several positions, where the code has its own for heads of 128
+    (2, 1, 1): "qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen2_5_omni_text qwen2_5_omni_talker",
+    (1, 1, 0): "glm46v glm4v glm4v_moe glm4v_moe_text glm4v_text glm_image_text glm_ocr glm_ocr_text",
+}
+
+EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"sections": sections} for sections, names in _SECTIONS.items() for name in names.split()},
+    "esm": {"start": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 2}},
+}
 """model_type → what its small config needs besides the names of its fields: "start" (keywords that the default config
-itself needs), "fields" (written over the small ones, nested as the config is), "drop", and "inputs" of the forward."""
+itself needs), "fields" (written over the small ones, nested as the config is), "drop", "sections" (of mrope), and
+"inputs" of the forward."""
