@@ -91,7 +91,8 @@ def _small(of: Any, config_class: Any, model_type: str, way: str) -> Any:
         if count > MOST:
             raise ValueError(f"{count / 1e6:.0f} million parameters are too many")
     torch.manual_seed(0)
-    model = of._from_config(config).float().eval()
+    # Frozen first: torch chooses how it multiplies by requires_grad, and freezing alone may change a last bit.
+    model = of._from_config(config).float().eval().requires_grad_(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") and not parameter.any():

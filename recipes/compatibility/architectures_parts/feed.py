@@ -100,6 +100,8 @@ class _Maker:
                 given[name] = maker(self)
         if self.config.is_encoder_decoder and "decoder_input_ids" in asked:
             given["decoder_input_ids"] = self.ids()
+        if "use_cache" in asked:
+            given["use_cache"] = False
         more = self.exception.get("inputs", {})
         for name, value in (more(self, given) if callable(more) else more).items():
             given[name] = value
