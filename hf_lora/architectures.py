@@ -43,6 +43,7 @@ __all__ = [
     "ROLE_GROUPS",
     "STRUCTURE",
     "STRUCTURE_SIBLINGS",
+    "WEIGHTS_READ",
     "Family",
     "Fused",
 ]
@@ -302,6 +303,14 @@ EXPERT_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "w3": ("up",),
 }
 """Names of 3-D parameters that hold the experts of a mixture: what they compute."""
+
+WEIGHTS_READ: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(["MambaMixer", "FalconMambaMixer", "JambaMambaMixer"], ("dt_proj",)),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+}
+"""Classes that multiply by the weight of a child of theirs, so that the child's own forward never runs → the children."""
 
 HEADED_CLASS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|XVector)$")
 """Classes that put a new head on a base model."""

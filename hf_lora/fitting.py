@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .batches import row_maps
 from .errors import LoRAMismatchError
 from .extras import EXTRAS
-from .layerinfo import is_held, modules_of
+from .layerinfo import is_held, modules_of, only_read
 from .layers import BIAS_ADDED, LoRAHead, Swapped
 from .quantised import rounding_problem
 from .rounding import rounding_of
@@ -76,6 +76,10 @@ def make_plan(
             kind, want = held.kind, (held.in_features, held.out_features)
         else:
             info = describe_layer(module)
+            above, _, leaf = path.rpartition(".")
+            if reason := only_read(modules.get(above), leaf):
+                problems.append(f"{path}: {reason}")
+                continue
             if info is None:
                 problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
                 continue

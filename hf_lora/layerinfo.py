@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .architectures import EXPERT_PARAMETERS
+from .architectures import EXPERT_PARAMETERS, WEIGHTS_READ
 
-__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "why_not", "unhook"]
+__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "only_read", "why_not", "unhook"]
 
 
 # Names of the children that hf_lora gives to a module: what adapters hold is not part of the base.
@@ -66,11 +66,13 @@ class _Refused:
     """Linear-like by name and sizes, yet its forward is not x @ W.T + b on the last axis.
 
     `overridden`: only classes that replace the forward of nn.Linear (a plain Linear may be called what it likes).
+    `module`: only classes of a module of that name, or in it.
     """
 
     name: re.Pattern[str]
     reason: str
     overridden: bool = True
+    module: str = ""
 
 
 _REFUSED = (
@@ -79,6 +81,7 @@ _REFUSED = (
         "nn.MultiheadAttention reads this layer's weight and never calls it",
         overridden=False,
     ),
+    _Refused(re.compile("QuantLinear"), "its forward takes and returns scales, too", module="transformers.models.ibert"),
     _Refused(re.compile("Router|Gate(?!d)"), "a router: its forward returns more than a projection"),
     _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
@@ -115,7 +118,7 @@ def describe_layer(module: nn.Module) -> LayerInfo | None:
         if not (isinstance(fan_in, int) and isinstance(fan_out, int)) or _refused(module) is not None:
             return None
         weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 2) > 2:  # stacked experts call themselves Linear, too
+        if not (fan_in and fan_out) or getattr(weight, "ndim", 2) > 2:  # stacked experts call themselves Linear, too
             return None
         return LayerInfo("linear", fan_in, fan_out)
     nx, nf = sizes.get("nx"), sizes.get("nf")
@@ -142,6 +145,8 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
         return reason, True
     if any(_NOT_YET.match(cls.__name__) for cls in type(module).__mro__):
         return "convolutions are not supported yet", True
+    if isinstance(module, nn.Linear) and not module.weight.numel():
+        return f"its weight is empty ({module.out_features} x {module.in_features})", True
     if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
         return "its weights are 3-D parameters (PEFT's target_parameters), which are not supported yet", True
     if isinstance(module, nn.MultiheadAttention):
@@ -149,6 +154,14 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
     if next(module.children(), None) is not None:
         return "a container, not a layer", False
     return "neither a Linear-like layer, a Conv1D nor an Embedding", False
+
+
+def only_read(parent: nn.Module | None, name: str) -> str | None:
+    """Why a child of `parent` takes no LoRA although it is a Linear layer: its weight is read, its forward never runs."""
+    for cls in type(parent).__mro__:
+        if name in WEIGHTS_READ.get(cls.__name__, ()):
+            return f"{cls.__name__} multiplies by its weight itself and never calls it"
+    return None
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
@@ -175,7 +188,7 @@ def _refused_class(own: Any) -> str | None:
         if cls in (nn.Linear, nn.Embedding, nn.Module):
             break
         for rule in _REFUSED:
-            if not (rule.overridden and plain) and rule.name.search(cls.__name__):
+            if not (rule.overridden and plain) and cls.__module__.startswith(rule.module) and rule.name.search(cls.__name__):
                 return rule.reason
     return None
 

@@ -16,7 +16,7 @@ from . import architectures as arch
 from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
-from .layerinfo import LayerInfo, describe_layer, why_not
+from .layerinfo import LayerInfo, describe_layer
 from .matching import Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
 from .survey import Layer, Survey, survey
@@ -229,7 +229,7 @@ class _Resolver:
             if path in self.seen.layers or self.seen.canonical[path] != path:
                 continue
             if isinstance(module, nn.Linear) or path in self.seen.experts:
-                unable.setdefault((type(module).__name__, why_not(module)[0]), []).append(path)
+                unable.setdefault((type(module).__name__, self.seen.why_not(path)[0]), []).append(path)
         for (name, reason), paths in unable.items():
             self.words.note(f"{some(paths)} ({name}): {reason}")
         return asked

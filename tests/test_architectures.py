@@ -396,8 +396,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
             {**SMALL, "conv_dim": [8], "conv_kernel": [3], "conv_stride": [2], "num_feat_extract_layers": 1}
             | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
             {
-                **{role: f"attention.{role}_proj 2" for role in "qkv"},
-                "o": "attention.out_proj 2",
+                # WavLM's attention reads its weights and calls none of its layers
+                **({role: f"attention.{role}_proj 2" for role in "qkv"} if name != "wavlm" else {}),
+                **({"o": "attention.out_proj 2"} if name != "wavlm" else {}),
                 "up": "intermediate_dense 2",
                 "down": "output_dense 2",
                 "head": "lm_head 1",

@@ -26,6 +26,7 @@ _SECTIONS = {  # of rotary embeddings with several positions, where the code has
 
 EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     **{name: {"sections": sections} for sections, names in _SECTIONS.items() for name in names.split()},
+    "mobilebert": {"fields": {"hidden_size": 64}},  # the embedding's rest of it would be empty
     "esm": {"start": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 2}},
 }
 """model_type → what its small config needs besides the names of its fields: "start" (keywords that the default config
