@@ -31,6 +31,7 @@ ALLOWED_SKIPS = ("needs a CUDA device",)
 # Files that test the project rather than the package: no need to run them against an old transformers or without peft.
 NOT_CORE = {
     "test_analysis.py",  # values, as the next
+    "test_architectures_sweep.py",
     "test_arithmetic.py",  # values, which know no transformers
     "test_benchmarks.py",
     "test_card.py",

@@ -14,6 +14,7 @@ from torch import Tensor
 from .classes import classes
 from .feed import VARIANTS, Given, inputs
 from .shrink import WAYS, small_config
+from .table import EXCEPTIONS
 
 __all__ = ["Built", "CannotBuild", "build", "run", "tensors"]
 
@@ -43,7 +44,8 @@ def build(model_type: str, say: Any = None) -> Built:
     """A small model, fed once. Raises CannotBuild."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    found = classes(model_type)
+    found, first = classes(model_type), EXCEPTIONS.get(model_type, {}).get("class")
+    found.sort(key=lambda of: of.__name__ != first)
     if not found:
         raise CannotBuild("no model class takes this config by itself: it is a part of another model's")
     said: dict[str, None] = {}
@@ -90,12 +92,12 @@ def _small(of: Any, config_class: Any, model_type: str, way: str) -> Any:
         count = sum(p.numel() for p in of._from_config(copy.deepcopy(config)).parameters())
         if count > MOST:
             raise ValueError(f"{count / 1e6:.0f} million parameters are too many")
-    torch.manual_seed(0)
+    torch.manual_seed(EXCEPTIONS.get(model_type, {}).get("seed", 0))
     # Frozen first: torch chooses how it multiplies by requires_grad, and freezing alone may change a last bit.
     model = of._from_config(config).float().eval().requires_grad_(False)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") and not parameter.any():
+        for parameter in model.parameters():  # biases, positions, scales of layers that begin at (nearly) nothing
+            if parameter.is_floating_point() and parameter.numel() and float(parameter.abs().max()) < 1e-2:
                 parameter.normal_(std=0.05)
     return model
 

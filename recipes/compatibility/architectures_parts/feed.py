@@ -198,6 +198,7 @@ _WANTED = frozenset({"input_ids", "bbox", "pixel_values", "input_features", "inp
 _VARIANTS: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "features last": ("input_features", lambda x: x.transpose(1, 2).contiguous()),
     "several images": ("pixel_values", lambda x: x[:, None].repeat(1, 2, *[1] * (x.ndim - 1))),
+    "a video": ("pixel_values", lambda x: x[:, None].repeat(1, 8, *[1] * (x.ndim - 1))),
     "channels": ("input_values", lambda x: x[:, None]),
     "time last": ("input_values", lambda x: torch.randn(ROWS, 64, 16, generator=torch.Generator().manual_seed(7))),
 }

@@ -179,8 +179,10 @@ class _Shrinker:
             return min(value, 16)
         if _INNER(name):
             return min(value, 64)
-        if _WIDTH(name):
+        if _WIDTH(name) or name == "upsample_groups":
             return min(value, 32)
+        if name in ("num_frames", "frames_per_clip"):
+            return min(value, 8)
         return value
 
     def many(self, name: str, value: list[Any], layers: int) -> Any:
