@@ -310,7 +310,7 @@ WEIGHTS_READ: Mapping[str, tuple[str, ...]] = {
     "LongcatFlashTopkRouter": ("classifier",),
     "NeoMMEForMaskedLM": ("unembedding_projection",),
 }
-"""Classes that multiply by the weight of a child of theirs, so that the child's own forward never runs → the children."""
+"""Classes that multiply by the weight of a child of theirs, so that its own forward never runs → the children."""
 
 HEADED_CLASS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|XVector)$")
 """Classes that put a new head on a base model."""

@@ -81,7 +81,9 @@ _REFUSED = (
         "nn.MultiheadAttention reads this layer's weight and never calls it",
         overridden=False,
     ),
-    _Refused(re.compile("QuantLinear"), "its forward takes and returns scales, too", module="transformers.models.ibert"),
+    _Refused(
+        re.compile("QuantLinear"), "its forward takes and returns scales, too", module="transformers.models.ibert"
+    ),
     _Refused(re.compile("Router|Gate(?!d)"), "a router: its forward returns more than a projection"),
     _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
@@ -157,7 +159,7 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
 
 
 def only_read(parent: nn.Module | None, name: str) -> str | None:
-    """Why a child of `parent` takes no LoRA although it is a Linear layer: its weight is read, its forward never runs."""
+    """Why a child of `parent` takes no LoRA although it is a layer: its weight is read, its forward never runs."""
     for cls in type(parent).__mro__:
         if name in WEIGHTS_READ.get(cls.__name__, ()):
             return f"{cls.__name__} multiplies by its weight itself and never calls it"
@@ -188,7 +190,11 @@ def _refused_class(own: Any) -> str | None:
         if cls in (nn.Linear, nn.Embedding, nn.Module):
             break
         for rule in _REFUSED:
-            if not (rule.overridden and plain) and cls.__module__.startswith(rule.module) and rule.name.search(cls.__name__):
+            if (
+                not (rule.overridden and plain)
+                and cls.__module__.startswith(rule.module)
+                and rule.name.search(cls.__name__)
+            ):
                 return rule.reason
     return None
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from torch import nn
 
@@ -157,7 +156,8 @@ def test_all_linear_takes_a_gate_of_one_row(tmp_path: Path, peft: Any, rslora: b
     model.add_lora(LoRAConfig(r=4, alpha=8, target_modules="all-linear", use_rslora=rslora))
     gate = "model.layers.0.mlp.shared_expert_gate"
     (target,) = (
-        t for t in resolve(model, LoRAConfig(r=4, alpha=8, target_modules="all-linear", use_rslora=rslora)).targets
+        t
+        for t in resolve(model, LoRAConfig(r=4, alpha=8, target_modules="all-linear", use_rslora=rslora)).targets
         if t.path == gate
     )
     scaling = 8 / (4**0.5 if rslora else 4)
@@ -184,5 +184,3 @@ def test_ibert_has_layers_that_are_none() -> None:
     model = transformers.IBertModel(transformers.IBertConfig(**TEXT))
     with pytest.raises(LoRAUnsupportedError, match="takes and returns scales"):
         model.add_lora(LoRAConfig(r=2, target_modules=["query"]))
-
-

@@ -5,8 +5,8 @@
 Each model_type of transformers is built small, with random weights, and given inputs that its forward's arguments ask
 for. An adapter is put on it by "all-linear", and another by the roles that the model has; each is trained, held against
 PEFT's forward of the same file, loaded again, merged, unmerged and removed. Rows are made in a process of their own: a
-crash, a hang or a lack of memory is one row that says so. Rows are kept in FILE as they come, so that a run that was cut
-short goes on. Writes architectures-matrix.md and .json. Needs hf_lora[test] (peft).
+crash, a hang or a lack of memory is one row that says so. Rows are kept in FILE as they come, so that a run that
+was cut short goes on. Writes architectures-matrix.md and .json. Needs hf_lora[test] (peft).
 """
 
 from __future__ import annotations

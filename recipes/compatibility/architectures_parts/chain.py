@@ -248,7 +248,7 @@ class _Scene:
                 precise = _apart(*again())
             except LoRAError:
                 raise
-            except Exception as error:  # noqa: BLE001  # not every model computes in float64
+            except Exception as error:  # not every model computes in float64
                 raise Failed(f"{what}: {apart:.0e} of the largest value apart; float64: {said(error)}") from error
             if precise <= _TOLERANCE_64:
                 self.cell.setdefault("float64", []).append(f"{what}: {apart:.0e} in float32")
@@ -302,7 +302,7 @@ def _left_out(model: Any, folder: Path) -> int:
     """How many layers of a file a PEFT model has not, or has with other factors."""
     modules, left = dict(model.get_base_model().named_modules()), 0
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118  # no mapping
             path, _, rest = key.removeprefix("base_model.model.").partition(".lora_B")
             if rest:
                 held = getattr(modules.get(path), "lora_B", {})

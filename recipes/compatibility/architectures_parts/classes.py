@@ -10,14 +10,13 @@ from typing import Any
 
 __all__ = ["classes", "model_types"]
 
-_FIRST = (  # the mappings of transformers' auto classes, from the fullest model to the barest
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ MODEL_FOR_IMAGE_TEXT_TO_TEXT MODEL_FOR_MULTIMODAL_LM "
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM MODEL_FOR_MASKED_LM MODEL_FOR_CAUSAL_LM MODEL_FOR_CTC "
-    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION MODEL_FOR_IMAGE_CLASSIFICATION "
-    "MODEL_FOR_AUDIO_CLASSIFICATION MODEL_FOR_VIDEO_CLASSIFICATION MODEL_FOR_OBJECT_DETECTION "
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION MODEL_FOR_UNIVERSAL_SEGMENTATION MODEL_FOR_SEMANTIC_SEGMENTATION "
-    "MODEL_FOR_DEPTH_ESTIMATION MODEL_FOR_QUESTION_ANSWERING MODEL_FOR_TOKEN_CLASSIFICATION"
-).split()
+_FIRST = """
+    SPEECH_SEQ_2_SEQ IMAGE_TEXT_TO_TEXT MULTIMODAL_LM SEQ_TO_SEQ_CAUSAL_LM MASKED_LM CAUSAL_LM CTC
+    ZERO_SHOT_IMAGE_CLASSIFICATION ZERO_SHOT_OBJECT_DETECTION IMAGE_CLASSIFICATION AUDIO_CLASSIFICATION
+    VIDEO_CLASSIFICATION OBJECT_DETECTION SEQUENCE_CLASSIFICATION UNIVERSAL_SEGMENTATION SEMANTIC_SEGMENTATION
+    DEPTH_ESTIMATION QUESTION_ANSWERING TOKEN_CLASSIFICATION
+"""
+"""The mappings of transformers' auto classes, from the fullest model to the barest."""
 
 
 def model_types() -> list[str]:
@@ -37,7 +36,9 @@ def classes(model_type: str) -> list[Any]:
     config_class = CONFIG_MAPPING[model_type]
     rest = [n.removesuffix("_MAPPING_NAMES") for n in vars(modeling_auto) if n.endswith("_MAPPING_NAMES")]
     names: list[str] = []
-    for mapping in dict.fromkeys([*_FIRST, *(n for n in rest if n not in ("MODEL", "CONFIG")), "MODEL"]):
+    for mapping in dict.fromkeys(
+        [*(f"MODEL_FOR_{n}" for n in _FIRST.split()), *(n for n in rest if n not in ("MODEL", "CONFIG")), "MODEL"]
+    ):
         found = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").get(model_type, ())
         names += [found] if isinstance(found, str) else found
     held = list(_modeling(config_class))
@@ -45,9 +46,9 @@ def classes(model_type: str) -> list[Any]:
     found += [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     for module in held:
         for of in vars(module).values():
-            if inspect.isclass(of) and issubclass(of, PreTrainedModel) and of.__module__ == module.__name__:
-                if of.config_class is config_class and not of.__name__.endswith("PreTrainedModel"):
-                    found.append(of)
+            own = inspect.isclass(of) and issubclass(of, PreTrainedModel) and of.__module__ == module.__name__
+            if own and of.config_class is config_class and not of.__name__.endswith("PreTrainedModel"):
+                found.append(of)
     return list(dict.fromkeys(found))
 
 

@@ -95,7 +95,9 @@ class _Maker:
             given |= {"hidden_states": patches["pixel_values"], "grid_thw": patches["image_grid_thw"]}
         for name, maker in _MAKERS.items():
             required = name in asked and asked[name].default is inspect.Parameter.empty
-            wanted = name in _WANTED and not (self.variant == "text" and name.startswith(("pixel", "input_f", "input_v")))
+            wanted = name in _WANTED and not (
+                self.variant == "text" and name.startswith(("pixel", "input_f", "input_v"))
+            )
             if name in asked and name not in given and (required or wanted):
                 given[name] = maker(self)
         if self.config.is_encoder_decoder and "decoder_input_ids" in asked:
@@ -138,7 +140,10 @@ class _Maker:
 
     def place(self, given: Given) -> None:
         """As many placeholders in the text as an image or a sound has features."""
-        for features, tokens in (("image", ("image_token_id", "image_token_index")), ("audio", ("audio_token_id", "audio_token_index"))):
+        for features, tokens in (
+            ("image", ("image_token_id", "image_token_index")),
+            ("audio", ("audio_token_id", "audio_token_index")),
+        ):
             token = self.size(*tokens)
             function = getattr(self.model, f"get_{features}_features", None)
             if token is None or function is None:
@@ -181,7 +186,9 @@ _MAKERS: Mapping[str, Callable[[_Maker], Any]] = {
     "input_ids": lambda m: m.ids(),
     "attention_mask": lambda m: torch.ones(ROWS, LENGTH, dtype=torch.long),
     "bbox": lambda m: m.boxes(),
-    "pixel_values_videos": lambda m: m.noise(ROWS, m.size("num_frames", "frames_per_clip", default=4), m.channels(), *m.image().shape[-2:]),
+    "pixel_values_videos": lambda m: m.noise(
+        ROWS, m.size("num_frames", "frames_per_clip", default=4), m.channels(), *m.image().shape[-2:]
+    ),
     "pixel_values": lambda m: m.image(),
     "input_features": lambda m: m.mel(),
     "input_values": lambda m: m.noise(ROWS, 4000),
@@ -189,7 +196,9 @@ _MAKERS: Mapping[str, Callable[[_Maker], Any]] = {
     "hidden_states": lambda m: m.noise(ROWS, LENGTH, m.size("hidden_size", "d_model", default=32)),
     "labels": lambda m: m.ids(),
     "decoder_input_ids": lambda m: m.ids(),
-    "past_values": lambda m: m.noise(ROWS, m.size("context_length", default=32), m.size("num_input_channels", default=1)),
+    "past_values": lambda m: m.noise(
+        ROWS, m.size("context_length", default=32), m.size("num_input_channels", default=1)
+    ),
     "interpolate_pos_encoding": lambda m: False,
 }
 _WANTED = frozenset({"input_ids", "bbox", "pixel_values", "input_features", "input_values", "past_values"})

@@ -57,8 +57,8 @@ def page(found: Mapping[str, Any]) -> str:
         "python recipes/compatibility/architectures.py --write docs/pages",
         "```",
         "",
-        "`--only REGEX` runs some rows again, `--check REGEX` one of the columns, and `--keep FILE` lets a run that was",
-        "cut short go on.",
+        "`--only REGEX` runs some rows again, `--check REGEX` one of the columns, and `--keep FILE` lets a run that",
+        "was cut short go on.",
         "",
         "## Built",
         "",
@@ -68,8 +68,8 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "## Not built",
         "",
-        f"{len(rows) - len(built)} model_types, by the reason: the first thing that was said when a small model was made",
-        "or fed.",
+        f"{len(rows) - len(built)} model_types, by the reason: the first thing that was said when a small model was",
+        "made or fed.",
         "",
         *_unbuilt(rows),
         "",
@@ -129,8 +129,7 @@ def _same(note: str) -> str:
     """A note without what only numbers and paths make different."""
     note = re.sub(r"\b\d+(?:\.\d+)?e[+-]?\d+\b", "…", " ".join(note.split()))
     note = re.sub(r"(?<=\{)'[\w.', ]+'(?=\})", lambda m: ", ".join(sorted(m[0].split(", "))), note)
-    note = re.sub(r"(?<=\[)'[\w.', ]+'(?=\])", lambda m: ", ".join(sorted(m[0].split(", "))), note)
-    return note
+    return re.sub(r"(?<=\[)'[\w.', ]+'(?=\])", lambda m: ", ".join(sorted(m[0].split(", "))), note)
 
 
 def _unbuilt(rows: Sequence[Row]) -> Iterator[str]:

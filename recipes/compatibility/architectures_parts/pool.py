@@ -22,7 +22,6 @@ Row = dict[str, Any]
 
 def row(model_type: str, columns: Sequence[str], tell: bool = False) -> Row:
     """A model_type's row: what was built, or why it was not, and its cells."""
-    import traceback
 
     from .build import CannotBuild, build
     from .chain import chain
@@ -65,7 +64,9 @@ class Pool:
         if self.process is None or self.made >= ROWS:
             self.start()
         process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(json.dumps([name, list(self.columns)]) + "\n")
         process.stdin.flush()
         self.made += 1

@@ -1,7 +1,7 @@
 """A model_type's default config made small, by the names of its fields.
 
-Three ways, tried in turn until a model builds and runs: "table" writes one size for each kind of field (width 32, 4 heads
-of 8, 2 layers); "scaled" divides every width by one number and keeps the heads, so that what one part expects of
+Three ways, tried in turn until a model builds and runs: "table" writes one size for each kind of field (width 32, 4
+heads of 8, 2 layers); "scaled" divides every width by one number and keeps the heads, so that what one part expects of
 another still fits; "layers" leaves the widths alone.
 """
 
@@ -29,7 +29,9 @@ _NO_LAYERS = Rule(
     r"|^cross_attention_layers$|^moe_layers$|^attn_layers$|^return_layers$|^extract_layers$|^subsample_layers$"
     r"|^kv_source_layers$|^out_layers$|^spatial_target_layers$|_target_layers$|^attention_layers$"
 )
-_DEPTHS = Rule(r"^depths$|^stage_num_blocks$|^num_block_repeats$|^blocks_per_stage$|^stage_numb_of_layers$|^layer_depths$")
+_DEPTHS = Rule(
+    r"^depths$|^stage_num_blocks$|^num_block_repeats$|^blocks_per_stage$|^stage_numb_of_layers$|^layer_depths$"
+)
 _WIDTH = Rule(
     r"(^|_)(hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_size|embedding_dim|dim|hidden_sizes"
     r"|projection_dim|project_dim|projection_size|embed_dims|hidden_size_global|lru_width|feature_size|output_dim"
@@ -44,22 +46,38 @@ _INNER = Rule(
     r"|dim_feedforward|feed_forward_size|linear_units|intermediate_size_mlp|dff|dim_ff|feed_forward_hidden_size"
     r"|expert_dim|mlp_hidden_size|shared_experts_intermediate_size)$"
 )
-_HEADS = Rule(r"(^|_)(num_attention_heads|n_heads?|num_heads|attention_heads|num_self_attention_heads|mamba_heads"
-              r"|num_cross_attention_heads|self_attn_heads|resampler_heads|encoder_heads|index_n_heads)$")
+_HEADS = Rule(
+    r"(^|_)(num_attention_heads|n_heads?|num_heads|attention_heads|num_self_attention_heads|mamba_heads"
+    r"|num_cross_attention_heads|self_attn_heads|resampler_heads|encoder_heads|index_n_heads)$"
+)
 _KV_HEADS = Rule(r"(^|_)(num_key_value_heads|kv_n_heads|num_kv_heads|num_key_value_attention_heads)$")
-_HEAD_DIM = Rule(r"(^|_)(head_dim|d_kv|attention_head_size|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|kv_channels"
-                 r"|attention_head_dim|dim_head|d_head|key_head_dim|value_head_dim|rotary_dim|head_size)$")
+_HEAD_DIM = Rule(
+    r"(^|_)(head_dim|d_kv|attention_head_size|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|kv_channels"
+    r"|attention_head_dim|dim_head|d_head|key_head_dim|value_head_dim|rotary_dim|head_size)$"
+)
 _RANK = Rule(r"(^|_)(lora_rank|time_step_rank|dt_rank|laurel_rank)$")
 _EXPERTS = Rule(r"^(moe_)?(num_experts|num_local_experts|n_routed_experts|num_experts_total|zero_expert_num)$")
-_PER_TOKEN = Rule(r"^(num_experts_per_tok|num_experts_per_token|moe_topk|moe_top_k|moe_k|num_selected_experts|top_k_experts)$")
+_PER_TOKEN = Rule(
+    r"^(num_experts_per_tok|num_experts_per_token|moe_topk|moe_top_k|moe_k|num_selected_experts|top_k_experts)$"
+)
 _GROUPS = Rule(r"^(n_group|topk_group|num_expert_group)$")
-_VOCABULARY = Rule(r"(^|_)(vocab_size|input_vocab_size|output_vocab_size)(_per_layer_input)?$|^num_embeddings$|^entity_vocab_size$")
-_POSITIONS = Rule(r"^(max_position_embeddings|n_positions|n_ctx|max_source_positions|max_target_positions|max_seq_len"
-                  r"|max_sequence_length|context_length_max|model_max_length|seq_length|max_(en|de)coder_position_embeddings)$")
-_MANY = Rule(r"^(num_queries|num_query_tokens|two_stage_num_proposals|num_denoising|num_latents|resampler_n_latents"
-             r"|resampler_num_latents|num_hash_buckets|codebook_size|train_num_points|index_topk|num_image_tokens|latent_query_num)$")
-_TOKEN = re.compile(r"(_token_id|_token_index|_token_ids|_start_id|_end_id|_newline_id|_pad_id|_bos_id|_eos_id|_patch_id|^pad_id|_ignore_index)$")
-_KINDS = re.compile(r"^(\w+_)?(layer_types|block_types?|layers_block_type|indexer_types|mlp_layer_types|gnn_layers_types|attention_types|hybrid_layer_pattern)$")
+_VOCABULARY = Rule(
+    r"(^|_)(vocab_size|input_vocab_size|output_vocab_size)(_per_layer_input)?$|^num_embeddings$|^entity_vocab_size$"
+)
+_POSITIONS = Rule(
+    r"^(max_position_embeddings|n_positions|n_ctx|max_source_positions|max_target_positions|max_seq_len"
+    r"|max_sequence_length|context_length_max|model_max_length|seq_length|max_(en|de)coder_position_embeddings)$"
+)
+_MANY = Rule(
+    r"^(num_queries|num_query_tokens|two_stage_num_proposals|num_denoising|num_latents|resampler_n_latents"
+    r"|resampler_num_latents|num_hash_buckets|codebook_size|train_num_points|index_topk|num_image_tokens|latent_query_num)$"
+)
+_TOKEN = re.compile(
+    r"(_token_id|_token_index|_token_ids|_start_id|_end_id|_newline_id|_pad_id|_bos_id|_eos_id|_patch_id|^pad_id|_ignore_index)$"
+)
+_KINDS = re.compile(
+    r"^(\w+_)?(layer_types|block_types?|layers_block_type|indexer_types|mlp_layer_types|gnn_layers_types|attention_types|hybrid_layer_pattern)$"
+)
 
 
 def small_config(config_class: Any, model_type: str, way: str) -> Any:
