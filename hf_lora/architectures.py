@@ -155,6 +155,14 @@ WAV2VEC2: Family = {
 # transformers 5.0 called these layers as BERT does; later releases as Llama does.
 VIT: Family = {**BERT, **_PROJ, **_FC, "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
 DINOV2: Family = {**VIT, "mlp.weights_in": Fused(("gate", "up")), "mlp.weights_out": "down"}
+SAM: Family = {"attn.qkv": Fused(_QKV), "attn.proj": "o", "mlp.lin1": "up", "mlp.lin2": "down"}
+BLIP_TOWER: Family = {"self_attn.qkv": Fused(_QKV), "self_attn.projection": "o", **_FC}
+CTRL: Family = {**_attention("Wq", "Wk", "Wv", "multi_head_attention.dense"), "ffn.0": "up", "ffn.2": "down"}
+FUNNEL: Family = {
+    **_attention("q_head", "k_head", "v_head", "post_proj"),
+    "ffn.linear_1": "up",
+    "ffn.linear_2": "down",
+}
 QKV_TOWER: Family = {"attn.qkv": Fused(_QKV), "attn.proj": "o", **_FC, **_GATED}
 
 _FAMILIES: tuple[tuple[Family, str], ...] = (
@@ -170,15 +178,22 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
     (PHI, "phi"),
     (PHI3, "phi3"),
     (GLM, "glm glm4"),
-    (GPT2, "gpt2"),
+    (GPT2, "gpt2 openai-gpt imagegpt decision_transformer"),
     (BIGCODE, "gpt_bigcode"),
     (GPT_NEO, "gpt_neo"),
     (GPT_J, "gptj"),
     (CODEGEN, "codegen"),
-    (NEOX, "gpt_neox bloom persimmon"),
+    (NEOX, "gpt_neox gpt_neox_japanese bloom persimmon"),
     (FALCON, "falcon RefinedWeb RefinedWebModel"),
     (MPT, "mpt"),
-    (DEEPSEEK, "deepseek_v3 deepseek_v2"),
+    (
+        DEEPSEEK,
+        "deepseek_v3 deepseek_v2 deepseek_v32 axk1 glm4_moe_lite glm_moe_dsa minicpm3 mistral4 youtu longcat_flash",
+    ),
+    (CTRL, "ctrl"),
+    (FUNNEL, "funnel"),
+    (SAM, "sam_vision_model sam_hq_vision_model got_ocr2_vision deepseek_ocr2_sam_vision_model"),
+    (BLIP_TOWER, "blip_vision_model blip_2_vision_model instructblip_vision_model instructblipvideo_vision_model"),
     (BERT, "bert roberta xlm-roberta xlm-roberta-xl camembert electra layoutlm roberta-prelayernorm ernie"),
     (DEBERTA, "deberta"),
     (DEBERTA_V2, "deberta-v2"),

@@ -5,6 +5,7 @@ And what the sweep over all architectures found: layers whose forward never runs
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
@@ -115,6 +117,25 @@ def test_a_cell_can_fail(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoRASlots, "fused", lambda self, x, base: None)
     cell = recipe.row("gpt2", ["all-linear"])["all-linear"]
     assert cell["outcome"] != "pass"
+
+
+@pytest.mark.parametrize("name", ["openai-gpt", "gpt_neox_japanese", "minicpm3", "glm4_moe_lite", "youtu"])
+def test_the_rows_of_a_fused_layer_are_its_roles(recipe: Any, name: str) -> None:
+    """Of one token alone the softmax is 1: what W_q and W_k are changes nothing, what W_v is does."""
+    from architectures_parts.build import build, run
+
+    built = build(name)
+    given = {**built.given, "input_ids": built.given["input_ids"][:, :1]}
+    before = run(built.model, given)["logits"]
+    for role in "qkv":
+        model = copy.deepcopy(built.model)
+        model.add_lora(LoRAConfig(r=1, target_modules=[role]))
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if ".lora_slots.B" in path:
+                    parameter.fill_(0.5)
+        changed = float((run(model, given)["logits"] - before).abs().max() / before.abs().max())
+        assert (changed > 1e-4) == (role == "v"), (role, changed)
 
 
 # ---- what the sweep found --------------------------------------------------------------------------------------------
