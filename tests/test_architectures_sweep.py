@@ -89,6 +89,27 @@ def test_every_model_type_is_accounted_for(recipe: Any, published: dict[str, Any
     assert built > 600
 
 
+GATED, FUSED = "q k v o gate up down", "q k v o up down"
+ROLES = {  # of families that no test of test_architectures.py builds
+    **{
+        f"{name}_vision_model": FUSED
+        for name in ("sam", "sam_hq", "blip", "blip_2", "instructblip", "instructblipvideo")
+    },
+    **dict.fromkeys(("got_ocr2_vision", "deepseek_ocr2_sam_vision_model"), FUSED),
+    **dict.fromkeys(("openai-gpt", "imagegpt", "decision_transformer", "gpt_neox_japanese", "ctrl", "funnel"), FUSED),
+    **dict.fromkeys(("deepseek_v32", "axk1", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "mistral4"), GATED),
+    **dict.fromkeys(("youtu", "longcat_flash"), GATED),
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_a_family_has_its_roles(published: dict[str, Any], same_release: None, name: str) -> None:
+    (row,) = (row for row in published["rows"] if row["model_type"] == name)
+    assert row["roles"]["outcome"] == "pass"
+    assert row["roles"]["roles"] == ROLES[name].split()
+    assert "refused_roles" not in row["roles"]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_what_the_page_says_is_so(recipe: Any, published: dict[str, Any], same_release: None, name: str) -> None:
     (said,) = (row for row in published["rows"] if row["model_type"] == name)
