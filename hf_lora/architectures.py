@@ -324,6 +324,10 @@ WEIGHTS_READ: Mapping[str, tuple[str, ...]] = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "LongcatFlashTopkRouter": ("classifier",),
     "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "TDNNLayer": ("kernel",),
+    "DetrMHAttentionMap": ("k_proj",),
+    **dict.fromkeys(["LayoutLMv2Encoder", "LayoutLMv3Encoder"], ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
 }
 """Classes that multiply by the weight of a child of theirs, so that its own forward never runs → the children."""
 
