@@ -326,7 +326,8 @@ WEIGHTS_READ: Mapping[str, tuple[str, ...]] = {
     "NeoMMEForMaskedLM": ("unembedding_projection",),
     "MobileBertLMPredictionHead": ("dense", "decoder"),
     "TDNNLayer": ("kernel",),
-    "DetrMHAttentionMap": ("k_proj",),
+    **{f"{name}MHAttentionMap": ("k_proj",) for name in ("Detr", "ConditionalDetr", "MaskFormerDetr")},
+    "DabDetrMHAttentionMap": ("k_linear",),
     **dict.fromkeys(["LayoutLMv2Encoder", "LayoutLMv3Encoder"], ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
 }
 """Classes that multiply by the weight of a child of theirs, so that its own forward never runs → the children."""

@@ -107,6 +107,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
             "visual_pos": m.noise(2, 5, m.config.visual_pos_dim),
         }
     },
+    "mamba2": {"fields": {"num_heads": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}},
     "mllama_vision_model": {
         "inputs": lambda m, _: {
             "pixel_values": m.image()[:, None, None].repeat(1, 1, m.config.max_num_tiles, 1, 1, 1),
