@@ -78,6 +78,10 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
         }
         for name in ("pix2struct", "pix2struct_vision_model")
     },
+    **{  # a head whose output hardly depends on what it is given
+        name: {"inputs": lambda m, _: {"output_hidden_states": True}}
+        for name in ("depth_anything", "prompt_depth_anything", "chmv2")
+    },
     "align": {"fields": {"vision_config": _SMALL_NET}},
     "align_vision_model": {"fields": _SMALL_NET},
     "audio-spectrogram-transformer": {
