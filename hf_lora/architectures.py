@@ -44,6 +44,7 @@ __all__ = [
     "ROLE_GROUPS",
     "STRUCTURE",
     "STRUCTURE_SIBLINGS",
+    "WEIGHTS_READ",
     "Family",
     "Fused",
 ]
@@ -163,6 +164,13 @@ SAM: Family = {
     "mlp.lin1": "up",
     "mlp.lin2": "down",
 }
+BLIP_TOWER: Family = {"self_attn.qkv": Fused(_QKV), "self_attn.projection": "o", **_FC}
+CTRL: Family = {**_attention("Wq", "Wk", "Wv", "multi_head_attention.dense"), "ffn.0": "up", "ffn.2": "down"}
+FUNNEL: Family = {
+    **_attention("q_head", "k_head", "v_head", "post_proj"),
+    "ffn.linear_1": "up",
+    "ffn.linear_2": "down",
+}
 QKV_TOWER: Family = {"attn.qkv": Fused(_QKV), "attn.proj": "o", **_FC, **_GATED}
 
 _FAMILIES: tuple[tuple[Family, str], ...] = (
@@ -178,15 +186,22 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
     (PHI, "phi"),
     (PHI3, "phi3"),
     (GLM, "glm glm4"),
-    (GPT2, "gpt2"),
+    (GPT2, "gpt2 openai-gpt imagegpt decision_transformer"),
     (BIGCODE, "gpt_bigcode"),
     (GPT_NEO, "gpt_neo"),
     (GPT_J, "gptj"),
     (CODEGEN, "codegen"),
-    (NEOX, "gpt_neox bloom persimmon"),
+    (NEOX, "gpt_neox gpt_neox_japanese bloom persimmon"),
     (FALCON, "falcon RefinedWeb RefinedWebModel"),
     (MPT, "mpt"),
-    (DEEPSEEK, "deepseek_v3 deepseek_v2"),
+    (
+        DEEPSEEK,
+        "deepseek_v3 deepseek_v2 deepseek_v32 axk1 glm4_moe_lite glm_moe_dsa minicpm3 mistral4 youtu longcat_flash",
+    ),
+    (CTRL, "ctrl"),
+    (FUNNEL, "funnel"),
+    (SAM, "sam_vision_model sam_hq_vision_model got_ocr2_vision deepseek_ocr2_sam_vision_model"),
+    (BLIP_TOWER, "blip_vision_model blip_2_vision_model instructblip_vision_model instructblipvideo_vision_model"),
     (BERT, "bert roberta xlm-roberta xlm-roberta-xl camembert electra layoutlm roberta-prelayernorm ernie"),
     (DEBERTA, "deberta"),
     (DEBERTA_V2, "deberta-v2"),
@@ -315,6 +330,19 @@ EXPERT_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "w3": ("up",),
 }
 """Names of 3-D parameters that hold the experts of a mixture: what they compute."""
+
+WEIGHTS_READ: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(["MambaMixer", "FalconMambaMixer", "JambaMambaMixer"], ("dt_proj",)),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "TDNNLayer": ("kernel",),
+    **{f"{name}MHAttentionMap": ("k_proj",) for name in ("Detr", "ConditionalDetr", "MaskFormerDetr")},
+    "DabDetrMHAttentionMap": ("k_linear",),
+    **dict.fromkeys(["LayoutLMv2Encoder", "LayoutLMv3Encoder"], ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
+}
+"""Classes that multiply by the weight of a child of theirs, so that its own forward never runs → the children."""
 
 HEADED_CLASS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|XVector)$")
 """Classes that put a new head on a base model."""

@@ -16,7 +16,7 @@ from .errors import LoRAMismatchError
 from .expertnames import expert_of, path_of
 from .expertputting import expert_problems
 from .extras import EXTRAS
-from .layerinfo import is_held, modules_of, out_of
+from .layerinfo import is_held, modules_of, only_read, out_of
 from .layers import BIAS_ADDED, LoRAHead, LoRALinear
 from .quantised import rounding_problem
 from .rounding import rounding_of
@@ -97,6 +97,10 @@ def make_plan(
             kind, want = held.kind, (held.in_features, held.out_features)
         else:
             info = describe_layer(module)
+            above, _, leaf = path.rpartition(".")
+            if reason := only_read(modules.get(above), leaf):
+                problems.append(f"{path}: {reason}")
+                continue
             if info is None or (around is not None and describe_layer(modules[around]) is None):
                 problems.append(f"{path}: a {type(module).__name__} takes no LoRA")
                 continue

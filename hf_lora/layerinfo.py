@@ -12,9 +12,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .architectures import EXPERT_PARAMETERS
+from .architectures import EXPERT_PARAMETERS, WEIGHTS_READ
 
-__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "out_of", "why_not", "unhook"]
+__all__ = ["LayerInfo", "HELD", "describe_layer", "is_held", "modules_of", "only_read", "out_of", "why_not", "unhook"]
 
 
 # Names of the children that hf_lora gives to a module: what adapters hold is not part of the base.
@@ -87,17 +87,22 @@ class _Refused:
     """Linear-like by name and sizes, yet its forward is not x @ W.T + b on the last axis.
 
     `overridden`: only classes that replace the forward of nn.Linear (a plain Linear may be called what it likes).
+    `module`: only classes of a module of that name, or in it.
     """
 
     name: re.Pattern[str]
     reason: str
     overridden: bool = True
+    module: str = ""
 
 
 _REFUSED = (
     _Refused(
         re.compile("Router|Gate(?!d)"),
         "a router: its forward returns more than a projection (adapt its experts: target_parameters)",
+    ),
+    _Refused(
+        re.compile("QuantLinear"), "its forward takes and returns scales, too", module="transformers.models.ibert"
     ),
     _Refused(re.compile("Grouped"), "its forward applies a different part of the weight to each group of inputs"),
     _Refused(re.compile("Decoupled"), "its forward joins a second, additional weight"),
@@ -144,7 +149,7 @@ def describe_layer(module: nn.Module) -> LayerInfo | None:
         if not (isinstance(fan_in, int) and isinstance(fan_out, int)) or _refused(module) is not None:
             return None
         weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 2) > 2:  # stacked experts call themselves Linear, too
+        if not (fan_in and fan_out) or getattr(weight, "ndim", 2) > 2:  # stacked experts call themselves Linear, too
             return None
         return LayerInfo("linear", fan_in, fan_out)
     nx, nf = sizes.get("nx"), sizes.get("nf")
@@ -173,6 +178,8 @@ def why_not(module: nn.Module) -> tuple[str, bool]:
         return reason, True
     if isinstance(module, nn.modules.conv._ConvNd):
         return _odd_convolution(module) or "another convolution than Conv1d, Conv2d and Conv3d", True
+    if isinstance(module, nn.Linear) and not module.weight.numel():
+        return f"its weight is empty ({module.out_features} x {module.in_features})", True
     if any(p.ndim == 3 and name in EXPERT_PARAMETERS for name, p in module.named_parameters(recurse=False)):
         return "its weights are 3-D parameters: name these in target_parameters", True
     if isinstance(module, nn.MultiheadAttention):
@@ -215,6 +222,14 @@ def out_of(path: str, modules: Mapping[str, nn.Module]) -> str | None:
     return around if name == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
 
+def only_read(parent: nn.Module | None, name: str) -> str | None:
+    """Why a child of `parent` takes no LoRA although it is a layer: its weight is read, its forward never runs."""
+    for cls in type(parent).__mro__:
+        if name in WEIGHTS_READ.get(cls.__name__, ()):
+            return f"{cls.__name__} multiplies by its weight itself and never calls it"
+    return None
+
+
 def _own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without what hf_lora swapped in."""
     own: type[nn.Module] = getattr(type(module), "lora_base", type(module))
@@ -239,7 +254,11 @@ def _refused_class(own: Any) -> str | None:
         if cls in (nn.Linear, nn.Embedding, nn.Module):
             break
         for rule in _REFUSED:
-            if not (rule.overridden and plain) and rule.name.search(cls.__name__):
+            if (
+                not (rule.overridden and plain)
+                and cls.__module__.startswith(rule.module)
+                and rule.name.search(cls.__name__)
+            ):
                 return rule.reason
     return None
 

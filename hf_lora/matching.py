@@ -10,7 +10,6 @@ from torch import nn
 
 from . import architectures as arch
 from .errors import LoRAError, LoRATargetError, LoRAUnsupportedError
-from .layerinfo import why_not
 from .patterns import fullmatching
 from .survey import Survey
 
@@ -70,7 +69,7 @@ class Matcher:
             return found
         if not strict:
             return {}
-        if self.from_file and not any(why_not(self.seen.modules[path])[1] for path in paths):
+        if self.from_file and not any(self.seen.why_not(path)[1] for path in paths):
             self.note(f"{field} {item!r}: matches no layer of this model")
             return {}
         if not paths:
@@ -91,13 +90,13 @@ class Matcher:
         for path in paths:
             module = self.seen.modules[path]
             if next(module.parameters(recurse=False), None) is not None:
-                unable.setdefault((type(module).__name__, why_not(module)[0]), []).append(path)
+                unable.setdefault((type(module).__name__, self.seen.why_not(path)[0]), []).append(path)
         for (name, reason), which in unable.items():
             self.note(f"{some(which)} ({name}), matched by {item!r}: {reason}")
 
     def _no_layer(self, item: str, field: str, paths: Sequence[str]) -> LoRAError:
         module = self.seen.modules[paths[0]]
-        reason, not_yet = why_not(module)
+        reason, not_yet = self.seen.why_not(paths[0])
         inside = [path for path in self.seen.layers if path.startswith(f"{paths[0]}.")]
         remedy = (
             f"Name the layers in it, such as {some(inside[:3])}, or write a regular expression: "

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import architectures as arch
-from .layerinfo import LayerInfo, describe_layer, modules_of, out_of
+from .layerinfo import LayerInfo, describe_layer, modules_of, only_read, out_of, why_not
 from .libraries import own_family
 from .rows import role_rows
 
@@ -55,6 +55,7 @@ class Survey:
         guessed_parts: path → model_type of parts without an entry.
         head: paths of the output head (the output embeddings or a classifier's children), outermost modules.
         output_embeddings: path of the output embeddings.
+        unread: path → why a LoRA there would never run, although it is a layer.
     """
 
     modules: Mapping[str, nn.Module]
@@ -66,6 +67,7 @@ class Survey:
     guessed_parts: Mapping[str, str]
     head: tuple[str, ...]
     output_embeddings: str | None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def roles(self) -> frozenset[str]:
         """Every role word that this model has a layer for."""
@@ -73,6 +75,10 @@ class Survey:
         single |= {role for roles in self.experts.values() for role in roles}
         words = {word for word, roles in arch.ROLE_GROUPS.items() if single & set(roles)}
         return frozenset(words | ({"head"} if self.head_layers() else set()))
+
+    def why_not(self, path: str) -> tuple[str, bool]:
+        """Why a module takes no LoRA, as `layerinfo.why_not`."""
+        return (self.unread[path], True) if path in self.unread else why_not(self.modules[path])
 
     def head_layers(self) -> list[str]:
         """Paths of the Linear-like layers that the head is made of."""
@@ -103,6 +109,7 @@ def survey(model: nn.Module) -> Survey:
     experts: dict[str, tuple[str, ...]] = {}
     parts: dict[str, _Part] = {}
     guessed: dict[str, str] = {}
+    unread: dict[str, str] = {}
     root_type = _model_type(model)
     for path, module in modules_of(model).items():
         modules[path] = module
@@ -114,7 +121,10 @@ def survey(model: nn.Module) -> Survey:
         if canonical[path] != path:
             continue
         info = describe_layer(module)
-        if info is not None and info.kind == "attention":
+        above, _, name = path.rpartition(".")
+        if info is not None and path and (reason := only_read(modules[above], name)):
+            unread[path] = reason
+        elif info is not None and info.kind == "attention":
             layers |= _attention(path, info, modules)
         elif info is not None:
             layers[path] = _layer(path, info, _told(path, part, modules))
@@ -132,6 +142,7 @@ def survey(model: nn.Module) -> Survey:
         guessed_parts=guessed,
         head=_head(model, output, modules, canonical),
         output_embeddings=output,
+        unread=unread,
     )
 
 

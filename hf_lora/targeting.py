@@ -18,7 +18,7 @@ from .batches import row_maps
 from .config import LoRAConfig
 from .errors import LoRAConfigError, LoRATargetError
 from .experttargets import ExpertTarget, expert_targets
-from .layerinfo import LayerInfo, describe_layer, why_not
+from .layerinfo import LayerInfo, describe_layer
 from .matching import ALL_LINEAR, Asked, Matcher, last, listed, some, within
 from .patterns import fullmatching, suffix_regex_lookup
 from .survey import Layer, Survey, survey
@@ -101,6 +101,8 @@ class _Resolver:
     def __init__(self, seen: Survey, model: nn.Module, config: LoRAConfig, from_file: bool) -> None:
         self.seen, self.model, self.config, self.from_file = seen, model, config, from_file
         self.words = Matcher(seen, model, from_file)
+        wanted = config.target_modules
+        self.all_linear = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
 
     def resolve(self) -> Resolution:
         explicit, inferred = self._heads()
@@ -162,7 +164,7 @@ class _Resolver:
             wanted = self._defaults()
         if wanted == () and self.config.target_parameters:
             return {}
-        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        if self.all_linear:
             return self._all_linear(saved | implied)
         items: Sequence[str] = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         if not items:
@@ -244,7 +246,7 @@ class _Resolver:
             if (found is not None and not found.out_of) or self.seen.canonical[path] != path:
                 continue
             if isinstance(module, nn.Linear) or path in self.seen.experts:
-                unable.setdefault((type(module).__name__, why_not(module)[0]), []).append(path)
+                unable.setdefault((type(module).__name__, self.seen.why_not(path)[0]), []).append(path)
         for (name, reason), paths in unable.items():
             self.words.note(f"{some(paths)} ({name}): {reason}")
         return asked
@@ -368,6 +370,10 @@ class _Resolver:
             if min(rows, layer.info.in_features) < limit:
                 limit = min(rows, layer.info.in_features)
                 of = f"{rows} x {layer.info.in_features} (its rows of role {role!r})"
+        if rank > limit and self.all_linear:  # a gate of one row, say: as much as it can have, at the same scaling
+            alpha *= (limit / rank) ** (0.5 if self.config.use_rslora else 1.0)
+            self.words.note(f"{path}: rank {limit}, the largest that it can have ({of})")
+            rank = limit
         if rank > limit:
             raise LoRAConfigError(
                 f"rank {rank} is above {limit}, the largest that {path!r} of {of} can have",

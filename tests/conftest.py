@@ -32,6 +32,7 @@ ALLOWED_SKIPS = ("needs a CUDA device",)
 NOT_CORE = {
     "test_analysis.py",  # values, as the next
     "test_any_module.py",  # mostly models outside of transformers
+    "test_architectures_sweep.py",
     "test_arithmetic.py",  # values, which know no transformers
     "test_benchmarks.py",
     "test_card.py",

@@ -1,0 +1,1 @@
+"""What recipes/compatibility/architectures.py is made of."""
