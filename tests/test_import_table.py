@@ -67,6 +67,7 @@ TABLE: dict[str, str] = {
     "agreement": "bases config errors layout values",
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
+    "scratch": "",
     "folders": "errors safefile store",
     "layout": "config errors extras forms values",
     "store": "config errors extras forms layout safefile values",
@@ -75,7 +76,7 @@ TABLE: dict[str, str] = {
     "cardtext": "bases extras facts forms values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
-    "hub": "bases card errors facts health hub_errors store values",
+    "hub": "bases card errors facts health hub_errors scratch store values",
     # a value on a model
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
     "initial": "config errors extras fitting forms inits layerinfo targeting values variants weights",
@@ -97,9 +98,9 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "activation bases card config errors facts frontmatter hub layerinfo layers loading model reference routing rowmaps sharding slots state store switching values",  # noqa: E501
-    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile switching values workers",  # noqa: E501
+    "export": "bases config errors exact extras fields fitting hub_errors integrations layerinfo loading merging model safefile scratch switching values workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
-    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
+    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication scratch spectrum values weights",  # noqa: E501
     "planning": "architectures config errors fields initial model slots store survey targeting",
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "adapter config errors export integrations loading merging model state store summary switching values",

@@ -5,7 +5,7 @@
 Each operation runs in a process that was forked where everything is imported, so that a kill costs a fraction of a
 second. Every second kill comes before a step (a rename, a removal, an fsync, half of a write, a request on a
 connection), which hits each step in turn; the others come after a random time, so that native code is hit, too. After
-each kill the operation's files are read as a user reads them, and the operation is done again: nothing may be left over.
+each kill the operation's files are read as a user reads them, and it is done again: nothing may be left over.
 The page cache survives a kill, so this says nothing of a power cut; that each file is synced before its name changes
 is tested by tests/test_store.py. Needs hf_lora[test], and a system with fork.
 """
@@ -104,14 +104,15 @@ def many(operation: Any, kills: int, seed: int) -> dict[str, Any]:
 
 def run(kills: int, seed: int, only: str = "") -> dict[str, Any]:
     """Every operation, its kills in turn; the table's numbers."""
-    import huggingface_hub  # noqa: F401  # imported before the forks
+    import huggingface_hub
     import torch
     import transformers
+    import transformers.quantizers.auto
 
     import hf_lora
     from hf_lora.cli import app  # noqa: F401
 
-    transformers.Trainer, transformers.LlamaForCausalLM  # noqa: B018  # imports them
+    transformers.Trainer, transformers.LlamaForCausalLM  # noqa: B018  # imported once, before the forks
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     chosen = {name: make for name, make in operations().items() if only in name}

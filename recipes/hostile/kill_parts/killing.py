@@ -14,7 +14,7 @@ from typing import Any
 from .steps import Steps
 
 
-class Going(Exception):  # noqa: N818
+class Going(Exception):
     """Raised by an operation whose rest is run by whoever called: that ends the process by `over`."""
 
 

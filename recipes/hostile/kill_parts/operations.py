@@ -189,10 +189,11 @@ class Merge(Operation):
         self.model = tiny_llama()
         self.model.load_lora(value, name="a")
         self.expected: dict[str, dict[str, str]] = {}
-        for self.way in self.ways:
+        for way in self.ways:
+            self.way = way
             shutil.rmtree(self.out.parent, ignore_errors=True)
             forked(self.act)
-            self.expected[self.way] = digests(self.out)
+            self.expected[way] = digests(self.out)
             forked(self._compare)
 
     def _compare(self) -> None:
