@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .errors import LoRAFileError
+
 __all__ = ["beside", "folder"]
 
 _PREFIX = "hf_lora-"
@@ -74,10 +76,19 @@ def _made(make: Callable[[], Path]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder(what: str) -> Iterator[Path]:
-    """A new folder among the system's temporary ones. Raises `OSError`."""
+    """A new folder among the system's temporary ones. Raises `LoRAFileError` if there can be none."""
     prefix = f"{_PREFIX}{what}-"
-    _clear(Path(tempfile.gettempdir()), f"{prefix}*")
-    with _made(lambda: Path(tempfile.mkdtemp(prefix=prefix))) as path:
+    with contextlib.ExitStack() as stack:
+        try:
+            _clear(Path(tempfile.gettempdir()), f"{prefix}*")
+            path = stack.enter_context(_made(lambda: Path(tempfile.mkdtemp(prefix=prefix))))
+        except OSError as error:
+            raise LoRAFileError(
+                f"No temporary folder can be made: {error}.",
+                name="TMPDIR",
+                value=tempfile.tempdir,
+                remedy="Free some space, or let TMPDIR name a folder that you may write to.",
+            ) from error
         yield path
 
 

@@ -67,7 +67,7 @@ TABLE: dict[str, str] = {
     "agreement": "bases config errors layout values",
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
-    "scratch": "",
+    "scratch": "errors",
     "folders": "errors safefile store",
     "layout": "config errors extras forms values",
     "store": "config errors extras forms layout safefile values",

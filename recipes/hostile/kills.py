@@ -22,6 +22,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def many(operation: Any, kills: int, seed: int) -> dict[str, Any]:
     return found | {"steps hit": len(hit)}
 
 
-def run(kills: int, seed: int, only: str = "") -> dict[str, Any]:
+def run(kills: int, seed: int, only: Sequence[str] = ("",)) -> dict[str, Any]:
     """Every operation, its kills in turn; the table's numbers."""
     import huggingface_hub
     import torch
@@ -115,7 +116,7 @@ def run(kills: int, seed: int, only: str = "") -> dict[str, Any]:
     transformers.Trainer, transformers.LlamaForCausalLM  # noqa: B018  # imported once, before the forks
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    chosen = {name: make for name, make in operations().items() if only in name}
+    chosen = {name: make for name, make in operations().items() if any(word in name for word in only)}
     facts: dict[str, Any] = {
         "command": f"python recipes/hostile/kills.py --kills {kills} --seed {seed}",
         "date": datetime.date.today().isoformat(),
@@ -143,7 +144,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="WORD", help="operations with this in their name")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="operations with one in their name")
     parser.add_argument("--write", type=Path, metavar="PATH", help="PATH.json and PATH.md")
     given = parser.parse_args()
     facts = run(given.kills, given.seed, given.only)
