@@ -1,7 +1,7 @@
 """Full disks, folders that may not be written, several processes in one folder, what killed ones leave behind.
 
-Kills are in recipes/hostile/kills.py; a small run of it here, the whole of it in docs/results/faults.md. Checkpoints are
-in test_trainer_survival.py, two merges at once in test_export.py.
+Kills are in recipes/hostile/kills.py; a small run of it here, the whole of it in docs/results/faults.md. Checkpoints
+are in test_trainer_survival.py, two merges at once in test_export.py.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def until_it_fits(
         except LoRAError as error:
             said = error
         else:
-            assert all_but == (done is not None)
+            assert (all_but > 0) == (done is not None)
             return n
         assert "No space left" in str(said)
         assert said.remedy
@@ -453,7 +453,7 @@ def harmless(found: dict[str, Any]) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_few_kills_of_saves_and_pushes() -> None:
     found = killed("--kills", "16", "--only", "save", "push")
-    assert {name: row["kills"] for name, row in found["operations"].items()} == {"save": 8, "push": 8}
+    assert sum(found["operations"][name]["kills"] for name in ("save", "push")) == 16
     assert harmless(found)
 
 

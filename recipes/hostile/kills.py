@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import itertools
 import json
 import os
@@ -52,6 +53,7 @@ def stage(make: Any, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # else every collection in a forked process copies all of it
     operation, found = make(folder), {}
     if hasattr(operation, "at_the_save"):
         operation.at_the_save(lambda: found.update(many(operation, kills, seed)))
@@ -65,6 +67,8 @@ def many(operation: Any, kills: int, seed: int) -> dict[str, Any]:
     in_own = (lambda work: forked(work)[1]) if operation.reads_forked else (lambda work: work())
 
     def settle() -> None:
+        if not operation.settles:
+            return
         try:
             in_own(operation.settle)
         finally:
@@ -92,8 +96,9 @@ def many(operation: Any, kills: int, seed: int) -> dict[str, Any]:
         hit |= {at} if by_step else set()
         found["kills"] += 1
         try:
-            found[in_own(operation.judge)] += 1
-            found["half-written"] += bool(in_own(operation.half_written))
+            outcome, half = in_own(lambda: (operation.judge(), operation.half_written()))
+            found[outcome] += 1
+            found["half-written"] += half
             if not operation.chained or chance.random() < 0.5:
                 settle()
         except AssertionError as error:
@@ -131,8 +136,10 @@ def run(kills: int, seed: int, only: Sequence[str] = ("",)) -> dict[str, Any]:
     }
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        left = sum(make.share for make in chosen.values())
         for i, (name, make) in enumerate(chosen.items()):
-            share = kills // len(chosen) + (i < kills % len(chosen))
+            share = round(kills * make.share / left)
+            kills, left = kills - share, left - make.share
             where = Path(folder) / str(i)
             _, facts["operations"][name] = forked(lambda: stage(make, where, share, seed), timeout=7200)  # noqa: B023
             print(f"{name}: {facts['operations'][name]}", file=sys.stderr, flush=True)

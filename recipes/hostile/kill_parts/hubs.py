@@ -43,6 +43,7 @@ class Push(Operation):
     name = "push"
     reads_forked = True
     chained = False
+    share = 2
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -29,6 +29,8 @@ class Operation:
     name = ""
     reads_forked = False  # whether judging makes threads or connections, so that it has to be in a process of its own
     chained = True  # whether the next kill may come upon what this one left
+    settles = True  # whether `settle` does something
+    share = 1  # of the kills, beside the others
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -96,6 +98,7 @@ class Save(Operation):
     """`save_lora` and `LoRAAdapter.save` into a folder with a user's own file."""
 
     name = "save"
+    share = 4
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -175,6 +178,7 @@ class Merge(Operation):
     """`merge_to_folder`, `merge_and_save` and `hf-lora merge`: base + adapter as a model of its own."""
 
     name = "merge to disk"
+    share = 2
     ways = ("merge_to_folder", "hf-lora merge", "merge_and_save")
 
     def __init__(self, folder: Path) -> None:
