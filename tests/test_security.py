@@ -20,7 +20,7 @@ def rows() -> list[tuple[str, list[str]]]:
     return found
 
 
-def tests_in(file: str) -> set[str]:
+def defined(file: str) -> set[str]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
@@ -33,7 +33,7 @@ def test_every_promise_names_a_test() -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     named = {tuple(name.split("::")) for _, held in rows() for name in held}
-    missing = [f"{file}::{test}" for file, test in sorted(named) if test not in tests_in(file)]
+    missing = [f"{file}::{test}" for file, test in sorted(named) if test not in defined(file)]
     assert not missing
 
 
