@@ -18,9 +18,8 @@ import torch
 from loras import bits, logits, with_adapters
 from torch import Tensor
 
-from hf_lora import LoRAConfig, LoRAError, LoRANameError, LoRAStateError
+from hf_lora import LoRAConfig, LoRAError, LoRANameError, LoRAStateError, switching
 from hf_lora import model as placing
-from hf_lora.state import Entry
 from hf_lora.switching import use_lora
 
 FEW = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -328,12 +327,47 @@ def test_a_block_that_opens_while_its_adapter_moves(
     assert nobody(model)
 
 
-def test_a_default_that_is_removed_while_it_is_chosen(model: Any) -> None:
-    for _ in range(10):
-        model.load_lora(model.lora_adapter("a"), name="x")
-        found = together(lambda: model.set_lora("x"), lambda: model.remove_lora("x"))
-        assert all(isinstance(error, LoRANameError) for error in raised(found))
-        assert nobody(model)
+def while_chosen(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> Callable[[], Any]:
+    """Let another thread try `act` between the finding of an adapter and its use; what is given waits for it."""
+    found, original, threads = [], switching.selection, []
+
+    def work() -> None:
+        try:
+            found.append(act())
+        except LoRAError as error:
+            found.append(error)
+
+    def selection(*args: Any) -> Any:
+        chosen = original(*args)
+        threads.append(threading.Thread(target=work))
+        threads[0].start()
+        threads[0].join(0.1)  # it has to wait
+        return chosen
+
+    monkeypatch.setattr(switching, "selection", selection)
+
+    def wait() -> Any:
+        threads[0].join(TIMEOUT)
+        return found[0]
+
+    return wait
+
+
+def test_a_default_that_is_removed_while_it_is_chosen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = while_chosen(monkeypatch, lambda: model.remove_lora("b"))
+    model.set_lora("b")
+    assert wait() is None
+    assert model.active_lora is None
+    assert nobody(model)
+
+
+def test_an_adapter_that_is_removed_while_a_block_takes_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = while_chosen(monkeypatch, lambda: model.remove_lora("b"))
+    with model.use_lora("b"):
+        error = wait()
+    assert isinstance(error, LoRAStateError)
+    assert "names it" in str(error)
+    assert "b" in model.lora_names
 
 
 def test_an_adapter_is_not_put_while_weights_are_merged(model: Any, batch: Any) -> None:
@@ -350,34 +384,3 @@ def test_an_adapter_is_not_put_while_weights_are_merged(model: Any, batch: Any) 
             model.remove_lora("x")
         with model.no_lora():
             assert torch.equal(logits(model, inputs), expected[None][0])
-
-
-def test_an_entry_does_not_change_while_a_block_is_being_opened(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between finding the adapter and opening the block nothing can take it away: so use_lora() raises nothing."""
-    outcomes: list[Any] = []
-    value = model.lora_adapter("b")
-    check, seen = Entry.check, threading.Event()
-
-    def slowly(entry: Entry) -> Entry:
-        seen.set()
-        return check(entry)
-
-    monkeypatch.setattr(Entry, "check", slowly)
-
-    def use() -> None:
-        for _ in range(30):
-            with model.use_lora("b"):
-                pass
-
-    def replace() -> None:
-        for _ in range(10):
-            try:
-                model.load_lora(value, name="b", replace=True)
-                outcomes.append("replaced")
-            except LoRAStateError:
-                outcomes.append("in use")
-
-    found = together(use, use, replace)
-    assert not raised(found), raised(found)
-    assert len(outcomes) == 10
-    assert seen.is_set()
