@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +24,10 @@ from .rowmaps import hook_row_maps, unhook_row_maps
 from .state import LoRAState, check_rows, tracing
 from .values import AdapterValue
 
-__all__ = ["Resident", "attach", "detach", "require", "state_of"]
+__all__ = ["Resident", "attach", "detach", "exclusive", "require", "state_of"]
 
 _STATE = "_lora_state"
+_FIRST = threading.RLock()  # held while a model gets its first adapter: it has no lock of its own yet
 _UNSYNCED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel's own name
 
 
@@ -73,6 +76,17 @@ def require(model: nn.Module) -> LoRAState:
             f"This {type(model).__name__} has no LoRA.", remedy="Call add_lora() or load_lora() first."
         )
     return state
+
+
+@contextlib.contextmanager
+def exclusive(model: nn.Module) -> Iterator[LoRAState | None]:
+    """The state, which no other thread changes meanwhile; None where the model has none, and gets none from another."""
+    while True:
+        state = state_of(model)
+        with _FIRST if state is None else state.lock:
+            if state_of(model) is state:  # its last adapter may just have gone, or its first have come
+                yield state
+                return
 
 
 def attach(model: nn.Module) -> LoRAState:

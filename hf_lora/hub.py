@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import card as cards
+from . import scratch
 from .bases import is_local_path, require_hub_id
 from .errors import LoRAFileError, LoRAHubError
 from .facts import RunFacts
@@ -256,8 +256,8 @@ def push(
     tokens = known_tokens(token)
     context: dict[str, Any] = {"pushing": True, "token": token, "revision": revision, "create_pr": create_pr}
     message = commit_message or f"Push the adapter {f'{subfolder} ' if subfolder else ''}of {base}"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = write_adapter(value, Path(temporary) / "adapter")
+    with scratch.folder("push") as temporary:
+        folder = write_adapter(value, temporary / "adapter")
 
         def checked_card(existing: str | None) -> str:
             text = cards.update(
@@ -279,7 +279,7 @@ def push(
             api = HfApi(token=token)
             repo_id = _repo(api, repo_id, private)
             parent = _head(api, repo_id, revision, create_pr)
-            existing = _readme(api, repo_id, parent, Path(temporary) / "cache")
+            existing = _readme(api, repo_id, parent, temporary / "cache")
         text = checked_card(existing)
         prefix = f"{subfolder}/" if subfolder else ""
         operations = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import hook_activation, refuse_activation
-from .attachment import Resident, attach, detach, require, state_of
+from .attachment import Resident, attach, detach, exclusive, require, state_of
 from .attention import LoRAAttention, shield, unshield
 from .batches import row_maps
 from .config import LoRAConfig
@@ -48,7 +48,20 @@ from .values import AdapterValue, Factors
 from .variants import STEPS, Base, Effect, effect_of
 from .weights import compute_dtype, dense_weight, device_of, is_dense, is_here, materialised
 
-__all__ = ["Resident", "add", "effect_on", "put", "read", "refill", "remove", "require", "reserve", "state_of", "train"]
+__all__ = [
+    "Resident",
+    "add",
+    "effect_on",
+    "exclusive",
+    "put",
+    "read",
+    "refill",
+    "remove",
+    "require",
+    "reserve",
+    "state_of",
+    "train",
+]
 
 # ---- adding ----------------------------------------------------------------------------------------------------------
 
@@ -162,7 +175,7 @@ def put(
         LoRANameError: the name is taken, or empty. LoRAStateError: the model is merged or routed.
     """
     value.config.require_supported()
-    with replicated(model, value.config.layer_replication, alone=state_of(model) is None):
+    with exclusive(model) as state, replicated(model, value.config.layer_replication, alone=state is None):
         _put(model, value, name, trainable, replace, active, complete, finite)
 
 
@@ -195,21 +208,20 @@ def _put(
         layers, experts = _places_of(value)
         resident = Resident(value.config, layers, tuple(value.biases), tuple(value.modules), experts=experts)
         entry.record = resident
+        old = state.entries.get(name)
         try:
             held = _write(model, state, entry, value, plan)
             _furnish(model, state)
+            resident.value = None if held else value
+            state.retire("replace", [] if old is None else [old], entry)
         except BaseException:
             _erase(model, entry)
             if fresh:
                 release(model)
                 detach(model, state)
             raise
-        resident.value = None if held else value
-        old = state.entries.get(name)
         if old is not None:
-            _succeed(state, old, entry)
-            _forget(model, state, old)
-        state.entries = {**state.entries, name: entry}
+            _erase(model, old)
         if active or (active is None and not state.default.mixture):
             state.default = Active(((entry, 1.0),))
 
@@ -252,12 +264,6 @@ def _furnish(model: nn.Module, state: LoRAState) -> None:
     for path in room.paths:
         if path in modules and not isinstance(modules[path], LoRAHead):
             _slots(model, state, modules[path], path, plan).kept = True
-
-
-def _succeed(state: LoRAState, old: Entry, new: Entry) -> None:
-    """The new adapter takes the old one's place, and its weight, in what is active by default."""
-    if old in state.default.entries:
-        state.default = Active(tuple((new if e is old else e, w) for e, w in state.default.mixture))
 
 
 def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue, plan: Plan) -> bool:
@@ -523,23 +529,24 @@ def train(model: nn.Module, names: Iterable[str]) -> None:
     An adapter that starts to train moves from the frozen banks to float32 Parameters, and back when it stops; a new
     optimizer is needed then.
     """
-    state = require(model)
-    state.require_unmerged("train_lora")
+    require(model)
     if isinstance(names, str):
         names = [names]
     if not isinstance(names, Iterable):
         raise LoRANameError(
             f"{names!r} names no adapters.",
             value=names,
-            expected=tuple(state.entries),
+            expected=tuple(require(model).entries),
             remedy='Give a name or a list of names: train_lora("task"); an empty list freezes all.',
         )
-    chosen = [state.entry(name) for name in names]
-    changing = [entry for entry in state.entries.values() if entry.trainable != (entry in chosen)]
-    state.require_unused("train_lora", changing)
-    if changing:
-        refuse_sharded(model, "train_lora() cannot be used", "Choose what trains before fully_shard().")
-    with state.lock, torch.inference_mode(False):
+    with exclusive(model), torch.inference_mode(False):
+        state = require(model)
+        state.require_unmerged("train_lora")
+        chosen = [state.entry(name) for name in names]
+        changing = [entry for entry in state.entries.values() if entry.trainable != (entry in chosen)]
+        state.require_unused("train_lora", changing)
+        if changing:
+            refuse_sharded(model, "train_lora() cannot be used", "Choose what trains before fully_shard().")
         for entry in changing:
             _convert(model, state, entry)
 
@@ -550,12 +557,13 @@ def _convert(model: nn.Module, state: LoRAState, entry: Entry) -> None:
     moved = Entry(entry.name, state.free_slot(), not entry.trainable)
     try:
         held = _write(model, state, moved, value, make_plan(model, value, None))
+        old = Entry(entry.name, entry.slot, entry.trainable)
+        with state.unused("train_lora", [entry]):
+            entry.slot, entry.trainable = moved.slot, moved.trainable
+            entry.record.value = None if held else value
     except BaseException:
         _erase(model, moved)
         raise
-    old = Entry(entry.name, entry.slot, entry.trainable)
-    entry.slot, entry.trainable = moved.slot, moved.trainable
-    entry.record.value = None if held else value
     _erase(model, old)
 
 
@@ -565,26 +573,18 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     Raises:
         LoRAStateError: inside `use_lora` or `route_lora` of that adapter.
     """
-    state = require(model)
-    chosen = list(state.entries.values()) if name is None else [state.entry(name)]
-    state.require_unused("remove_lora", chosen)
-    refuse_managed(model, chosen, "removed")
-    with state.lock:
+    require(model)
+    with exclusive(model):
+        state = require(model)
+        chosen = list(state.entries.values()) if name is None else [state.entry(name)]
+        state.require_unused("remove_lora", chosen)
+        refuse_managed(model, chosen, "removed")
+        state.retire("remove_lora", chosen)
         for entry in chosen:
-            _forget(model, state, entry)
-            state.entries = {n: e for n, e in state.entries.items() if e is not entry}
+            _erase(model, entry)
         if not state.entries:
             release(model)
             detach(model, state)
-
-
-def _forget(model: nn.Module, state: LoRAState, entry: Entry) -> None:
-    entry.alive = False
-    state.removals += 1
-    left = tuple((e, w) for e, w in state.default.mixture if e is not entry)
-    if len(left) != len(state.default.mixture):
-        state.default = Active(left) if left else NOTHING
-    _erase(model, entry)
 
 
 def _erase(model: nn.Module, entry: Entry) -> None:

@@ -14,7 +14,7 @@ import copy
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -207,18 +207,29 @@ class LoRAState:
         """Let a compiled training graph hold this mixture; wider than any before costs it one recompilation."""
         self.width = max(self.width, len(active.mixture))
 
+    def choose(self, make: Callable[[], Active], verb: str) -> None:
+        """Let what `make` gives be the default. No adapter of it can go in between."""
+        with _COUNTING:
+            self.require_unmerged(verb)
+            active = make()
+            self.widen(active)
+            self.default = active
+
     @contextmanager
-    def override(self, active: Active, verb: str | None = None) -> Iterator[None]:
+    def override(self, active: Active | Callable[[], Active], verb: str | None = None) -> Iterator[None]:
         """Make `active` what the current call chain sees, until the block ends (also by an exception).
 
         Args:
+            active: it, or what makes it: no adapter can then go before the block is open.
             verb: who opens the block; it is refused while merged.
         """
-        self.widen(active)
-        entries = active.entries
         with _COUNTING:
             if verb is not None:
                 self.require_unmerged(verb)
+            if not isinstance(active, Active):
+                active = active()
+            self.widen(active)
+            entries = active.entries
             for entry in entries:
                 entry.check()
             for entry in entries:
@@ -257,6 +268,32 @@ class LoRAState:
                 value=used,
                 remedy="Leave every such with block first, in every thread.",
             )
+
+    @contextmanager
+    def unused(self, verb: str, entries: Iterable[Entry]) -> Iterator[None]:
+        """While the (short) block runs no other opens that names one of the adapters; raises if one is open."""
+        with _COUNTING:
+            self.require_unused(verb, entries)
+            yield
+
+    def retire(self, verb: str, entries: Collection[Entry], successor: Entry | None = None) -> None:
+        """Take adapters off the list, so that no block can name them; raises if one does. Layers still hold them.
+
+        Args:
+            successor: takes the name of the one adapter, and its place in what is active by default.
+        """
+        with self.unused(verb, entries):
+            if successor is None:
+                self.entries = {name: entry for name, entry in self.entries.items() if entry not in entries}
+            else:
+                self.entries = {**self.entries, successor.name: successor}
+            self.removals += len(entries)
+            for entry in entries:
+                entry.alive = False
+            if set(entries) & set(self.default.entries):
+                pairs = [(successor if entry in entries else entry, weight) for entry, weight in self.default.mixture]
+                left = tuple((entry, weight) for entry, weight in pairs if entry is not None)
+                self.default = Active(left) if left else NOTHING
 
     def pinned(self) -> LoRAState:
         """A state of the same adapters whose default is what is active now: for a replica that runs on another thread.

@@ -111,7 +111,7 @@ def _read(folder: Path, allow_pickle: bool) -> AdapterValue:
             raise LoRAFileError(
                 f"{folder} has no {WEIGHTS_NAME}.",
                 name=WEIGHTS_NAME,
-                value=sorted(entry.name for entry in folder.iterdir())[:20],
+                value=_listed(folder),
                 remedy=f"Put the adapter's weights there as {WEIGHTS_NAME}.",
             )
         return from_state_dict(config, safefile.read_pickle(weights, allow=allow_pickle), source=str(weights))
@@ -143,6 +143,12 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
             remedy=f"Give the folder that holds {CONFIG_NAME}.",
         )
     return folder
+
+
+def _listed(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):  # it may be gone by now
+        return sorted(entry.name for entry in folder.iterdir())[:20]
+    return []
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -284,7 +290,15 @@ def _replace_pair(folder: Path, text: bytes, tensors: Mapping[str, Tensor], meta
                 path.unlink()
         raise
     safefile.fsync_directory(folder)
-    os.replace(pending, folder / CONFIG_NAME)
+    try:
+        os.replace(pending, folder / CONFIG_NAME)
+    except OSError as error:
+        raise LoRAFileError(
+            f"The adapter is saved to {folder}, but its {CONFIG_NAME} could not take the old one's place: {error}.",
+            name=CONFIG_NAME,
+            value=str(folder),
+            remedy=f"Save it again, or rename {_PENDING} to {CONFIG_NAME}: until then only hf_lora reads it.",
+        ) from error
     safefile.fsync_directory(folder)
 
 

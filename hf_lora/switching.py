@@ -92,10 +92,7 @@ def set_lora(model: nn.Module, which: Which) -> None:
         LoRANameError, LoRAStateError: see `selection`; also while merged.
     """
     state = require(model)
-    state.require_unmerged("set_lora")
-    active = selection(state, which)
-    state.widen(active)
-    state.default = active
+    state.choose(lambda: selection(state, which), "set_lora")
 
 
 @contextmanager
@@ -105,7 +102,7 @@ def use_lora(model: nn.Module, which: Which) -> Iterator[nn.Module]:
     A thread started inside the block begins with the default; give it `contextvars.copy_context().run`.
     """
     state = require(model)
-    with state.override(selection(state, which), "use_lora"):
+    with state.override(lambda: selection(state, which), "use_lora"):
         yield model
 
 
@@ -130,6 +127,9 @@ def route_lora(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mod
             expected="a list",
             remedy='Give one entry for each row of the batch: route_lora(["a", "b", None]); use_lora() sets all rows.',
         )
-    rows = tuple(None if name is None else state.entry(name) for name in names)
-    with state.override(Active(rows=rows), "route_lora"):
+
+    def routed() -> Active:
+        return Active(rows=tuple(None if name is None else state.entry(name) for name in names))
+
+    with state.override(routed, "route_lora"):
         yield model

@@ -54,9 +54,11 @@ NOT_CORE = {
     "test_experts.py",  # layouts of the tested release
     "test_export_hub.py",
     "test_facts.py",
+    "test_file_faults.py",  # files and processes
     "test_functional.py",
     "test_fused.py",
     "test_gguf.py",
+    "test_golden.py",  # files
     "test_health.py",
     "test_hostile_files.py",  # files alone
     "test_hub.py",
@@ -76,7 +78,9 @@ NOT_CORE = {
     "test_planning.py",  # a model of transformers before 5.6 with rotary positions does not run on meta
     "test_pool_soak.py",
     "test_quickstart.py",
+    "test_races.py",
     "test_recipe.py",
+    "test_security.py",
     "test_serve.py",
     "test_space_adapters.py",
     "test_ties.py",

@@ -696,7 +696,7 @@ def test_progress_counts_to_the_end_and_an_interrupt_leaves_nothing(saved: Any) 
     assert seen[-1][1:] == (report.nbytes, report.nbytes)
 
     def interrupt(file: str, done: int, total: int) -> None:
-        assert [path.name for path in folder.iterdir() if "merging" in path.name], "it is written beside"
+        assert [path.name for path in folder.iterdir() if "hf_lora-" in path.name], "it is written beside"
         assert not (folder / "out").exists()
         if done > total / 2:
             raise KeyboardInterrupt
@@ -733,7 +733,7 @@ def test_a_kill_leaves_no_half_folder_and_the_next_merge_cleans_up(saved: Any) -
     done = child(folder, each="done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = [path for path in folder.iterdir() if path.name not in ("base", "adapter")]
-    assert [path.name.rpartition("-")[0] for path in left] == [".out.merging"]
+    assert [path.name.rpartition("-")[0] for path in left] == [".out.hf_lora"]
     merge_to_folder(folder / "adapter", folder / "out", folder / "base")
     assert_nothing_left(folder, besides=("base", "adapter", "out"))
     assert_same(folder / "out", stock(folder, "llama"))
@@ -752,12 +752,12 @@ def test_a_merge_that_runs_is_not_cleaned_up(saved: Any) -> None:
     running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 200
-        while not list(folder.glob(".out.merging-*/*.safetensors")):
+        while not list(folder.glob(".out.hf_lora-*/*.safetensors")):
             assert running.poll() is None, "the child ended early"
             assert time.monotonic() < deadline
             time.sleep(0.05)
         merge_to_folder(folder / "adapter", folder / "out", folder / "base")
-        assert list(folder.glob(".out.merging-*")), "the other one's folder is still there"
+        assert list(folder.glob(".out.hf_lora-*")), "the other one's folder is still there"
     finally:
         (folder / "go").unlink()
         said = running.communicate(timeout=200)[0]

@@ -83,6 +83,7 @@ TABLE: dict[str, str] = {
     "agreement": "bases config errors expertnames experts layout values",
     "arithmetic": "agreement errors fields lowrank sparsify values",
     "safefile": "errors",
+    "scratch": "errors",
     "folders": "errors safefile store",
     "attentionpairs": "errors values",
     "layout": "attentionpairs config errors expertnames experts extras forms tokenfields values",
@@ -92,7 +93,7 @@ TABLE: dict[str, str] = {
     "cardtext": "bases extras facts forms tokenfields values",
     "card": "bases cardtext errors facts frontmatter values",
     "hub_errors": "errors",
-    "hub": "bases card errors facts health hub_errors store values",
+    "hub": "bases card errors facts health hub_errors scratch store values",
     # a value on a model
     "tying": "config errors extras layerinfo targeting tokenfields tokens values",
     "inits": "config errors fields initnames quantised rounding safefile sharding targeting weights",
@@ -120,9 +121,9 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "activation bases card config errors expertlayers facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching tokenfields tokens values",  # noqa: E501
-    "export": "bases config errors exact expertnames extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile switching values weights workers",  # noqa: E501
+    "export": "bases config errors exact expertnames extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile scratch switching values weights workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
-    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication spectrum values weights",  # noqa: E501
+    "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication scratch spectrum values weights",  # noqa: E501
     "planning": "architectures backends banks config errors fields initial layerinfo model slots store survey targeting",  # noqa: E501
     "inspection": "architectures errors facts health hub hub_errors safefile spectrum store values",
     "mixin": "integrations verbs",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import scratch
 from ..bases import hub_id, same_base
 from ..errors import LoRAFileError
 from ..values import AdapterValue
@@ -128,14 +129,12 @@ class Report:
         target = Path(path)
         check_target(target)
         text = self.html()
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
+            with scratch.beside(target) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, target)
         except OSError as error:
             raise _unwritable(target, str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return target
 
 

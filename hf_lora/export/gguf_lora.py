@@ -8,7 +8,6 @@ turns together stand side by side), so the rows of B are put into that order, to
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import fields
+from .. import fields, scratch
 from ..bases import hub_id, same_base
 from ..errors import LoRAFileError, LoRAMismatchError, LoRAUnsupportedError
 from ..fitting import make_plan
@@ -275,36 +274,15 @@ def _write(
     base: str | None,
     invocation: Sequence[int],
 ) -> int:
-    import gguf
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-        writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[form.name]])
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        if invocation:  # an aLoRA
-            kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
-            writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(invocation), *kinds)
-        writer.add_name(path.stem)
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
-        if base is not None:
-            writer.add_base_model_count(1)
-            writer.add_base_model_name(0, base.rpartition("/")[2])
-            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-        for name, tensor in tensors.items():
-            data, kind = tensor.numpy(), gguf.GGMLQuantizationType[dtype.upper()]
-            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with scratch.beside(path) as temporary:
+            _write_to(temporary, path.stem, tensors, form, alpha, dtype, base, invocation)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
         raise LoRAFileError(
@@ -313,7 +291,38 @@ def _write(
             value=str(path),
             remedy="Free some space or choose a place that you may write to; what was there is unchanged.",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path.stat().st_size
+
+
+def _write_to(
+    file: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    form: _Form,
+    alpha: float,
+    dtype: str,
+    base: str | None,
+    invocation: Sequence[int],
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[form.name]])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if invocation:  # an aLoRA
+        kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+        writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(invocation), *kinds)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+    if base is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.rpartition("/")[2])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    for key, tensor in tensors.items():
+        data, kind = tensor.numpy(), gguf.GGMLQuantizationType[dtype.upper()]
+        writer.add_tensor(key, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

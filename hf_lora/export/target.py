@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import safefile
+from .. import safefile, scratch
 from ..errors import LoRAFileError
 
 __all__ = ["appearing", "refuse_out"]
@@ -30,17 +30,15 @@ def refuse_out(out: Path) -> None:
 @contextlib.contextmanager
 def appearing(out: Path, needed: int) -> Iterator[Path]:
     """A folder beside `out` that gets its name at the end; on an error nothing of it is left."""
-    folder = out.parent / f".{out.name}.merging-{os.getpid()}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(out)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise OSError(f"it needs {needed:,} bytes, {free:,} are free")
-        folder.mkdir()
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    with _held(folder):
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch.beside(out, folder=True))  # what killed merges left goes first
+            free = shutil.disk_usage(out.parent).free
+            if free < needed:
+                raise OSError(f"it needs {needed:,} bytes, {free:,} are free")
+        except OSError as error:
+            raise _unwritable(out, error) from error
         try:
             yield folder
             for path in folder.rglob("*"):
@@ -51,7 +49,6 @@ def appearing(out: Path, needed: int) -> Iterator[Path]:
                 out.rmdir()  # empty, or it has to stay
             os.rename(folder, out)
         except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, LoRAFileError):
                 raise _unwritable(out, error) from error
             raise
@@ -65,37 +62,3 @@ def _unwritable(out: Path, error: OSError) -> LoRAFileError:
         value=str(out),
         remedy="Free some space or choose a folder that you may write to; nothing was left there.",
     )
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Lock a folder while it is written; whether that was possible. A killed process's lock is gone with it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing can be told of others
-        yield False
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
-def _clear_abandoned(out: Path) -> None:
-    """Remove what killed merges to the same folder left behind."""
-    for path in out.parent.glob(f".{_literal(out.name)}.merging-*"):
-        with contextlib.suppress(OSError), _held(path) as free:
-            if free and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _literal(name: str) -> str:
-    import glob
-
-    return glob.escape(name)

@@ -7,22 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..scratch import beside
+
 __all__ = ["folder_bytes", "read_json", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON: to a temporary file beside `path`, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with beside(path) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too: no temporary file stays behind
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> Any:

@@ -19,6 +19,7 @@ from ..errors import LoRAError, LoRAMismatchError
 from ..facts import TRAINER_STATE, RunFacts
 from ..quickstart.run import quiet
 from ..quickstart.train import deferred_interrupt
+from ..scratch import beside
 from ..summary import Summary
 from .folder import CARD, CHECKPOINTS, RunFolder
 from .problems import MissingExtraError, RecipeError
@@ -403,9 +404,9 @@ def _finish(folder: RunFolder, found: Found, data: Prepared, trainer: Any, run: 
     """Write adapter, Trainer's state and card; each replaces its file at once."""
     model = trainer.model
     model.save_lora(folder.path, _NAME)
-    temporary = folder.path / f".{TRAINER_STATE}.{os.getpid()}"
-    trainer.state.save_to_json(str(temporary))
-    os.replace(temporary, folder.path / TRAINER_STATE)
+    with beside(folder.path / TRAINER_STATE) as temporary:
+        trainer.state.save_to_json(str(temporary))
+        os.replace(temporary, folder.path / TRAINER_STATE)
     summary = model.lora_summary()
     losses = [loss for _, loss in run.losses]
     measured = [dict(metrics) for _, metrics in run.evaluations]
@@ -450,9 +451,9 @@ def _write_card(folder: RunFolder, found: Found, model: Any, run: RunFacts) -> b
     path = folder.path / CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     text = card.update(existing, model.lora_adapter(_NAME), run=run, base_model=base)
-    temporary = path.with_name(f".{CARD}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     return True
 
 
