@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -50,16 +51,26 @@ def wrong(name: str, value: Any, expected: str, remedy: str | None = None) -> Lo
     )
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number (no bool) that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
 def integer(name: str, value: Any, *, least: int) -> int:
     """An integer (no bool) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or not is_number(value) or value < least:
         raise wrong(name, value, "a positive integer" if least == 1 else f"an integer of at least {least}")
     return value
 
 
 def positive(name: str, value: Any) -> float:
     """A positive finite number, as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if not is_number(value) or not value > 0:
         raise wrong(name, value, "a positive finite number")
     return float(value)
 
@@ -194,7 +205,7 @@ def numbers(name: str, value: Any, keys: tuple[str, ...]) -> FrozenMapping[str, 
     if not isinstance(value, Mapping) or not set(value) <= set(keys):
         raise wrong(name, value, expected)
     for item in value.values():
-        if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item < float("inf"):
+        if not is_number(item) or item < 0:
             raise wrong(name, dict(value), expected)
     return FrozenMapping(value)
 

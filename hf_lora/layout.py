@@ -277,7 +277,7 @@ def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], pro
                 problems.append(f"{name!r} is there, but the config does not set {extra.field}")
             elif "A" not in pair or "B" not in pair:
                 problems.append(f"{name!r}: {path!r} has no factors")
-            else:
+            elif len(specs[pair["A"]][1]) == len(specs[pair["B"]][1]) == 2:  # else that is said already
                 (rank, inner), (outer, _) = specs[pair["A"]][1], specs[pair["B"]][1]
                 size = (extra.length(config, inner, outer, rank),)
                 if shape != size or not dtype.is_floating_point:

@@ -175,12 +175,12 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _bad(path, f"tensor {name!r} has dtype {dtype!r}", f"Save it as one of {', '.join(list(DTYPES)[:4])}.")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if len(numbers) - len(shape) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
         raise _bad(path, f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
-    needed = DTYPES[dtype].itemsize
+    needed = DTYPES[dtype].itemsize if 0 not in shape else 0
     for dimension in shape:
-        needed *= dimension
+        needed = min(needed * dimension, 2**63)  # larger than any file: what a long shape claims is not worked out
     if offsets[1] - offsets[0] != needed:
         raise _bad(path, f"tensor {name!r} {shape} needs {needed:,} bytes but has {offsets[1] - offsets[0]:,}")
     return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])

@@ -1,0 +1,1 @@
+"""The parts of `recipes/hostile/fuzz.py`."""
