@@ -42,7 +42,7 @@ def selection(state: LoRAState, which: Which) -> Active:
         )
     mixture: list[tuple[Entry, float]] = []
     for name, weight in pairs:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not _is_weight(weight):
             raise LoRAStateError(
                 f"Adapter {name!r} cannot have the weight {weight!r}.",
                 name=str(name),
@@ -69,6 +69,15 @@ def selection(state: LoRAState, which: Which) -> Active:
             remedy="Use it alone, with weight 1.",
         )
     return Active(tuple(mixture)) if mixture else NOTHING
+
+
+def _is_weight(weight: Any) -> bool:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        return False
+    try:
+        return math.isfinite(weight)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def described(active: Active) -> Any:

@@ -43,8 +43,8 @@ def value(rng: random.Random) -> Any:
         return rng.choice(TEXTS)
     if roll < 0.93:
         return json.loads(json.dumps(rng.choice(OTHERS)))
-    if roll < 0.98:
-        return rng.choice("aq.é*(") * rng.choice(_LONG[:3] if rng.random() < 0.9 else _LONG)
+    if roll < 0.96:
+        return rng.choice("aq.é*(") * rng.choice(_LONG[:2] if rng.random() < 0.8 else _LONG)
     return [value(rng) for _ in range(rng.randrange(4))]
 
 
@@ -211,7 +211,7 @@ def _lines(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
         other = rng.choice(others).decode("utf-8", "replace").split("\n")
         lines.insert(at, rng.choice(other))
     else:
-        deep = rng.choice(_DEEP[:4])
+        deep = rng.choice((2, 3, 5, 18, 22, 40, 300 if rng.random() < 0.2 else 4, 3_000 if rng.random() < 0.05 else 30))
         opened, closed = rng.choice((("[", "]"), ("{a: ", "}"), ("- ", ""), ("? ", "")))
         lines[at] = f"{key}: " + opened * deep + closed * deep
     return "\n".join(lines).encode("utf-8", "surrogatepass")
