@@ -58,6 +58,7 @@ class Names(Target):
     name, title, entry = "name", "adapters' names, and subfolders", "model.add, loading.save_checkpoint"
     kinds = ("json",)
     inputs = 15_000
+    guided = False
 
     def __init__(self) -> None:
         self.model = Whole()
@@ -127,6 +128,7 @@ class Roles(Target):
     name, title, entry = "role", "roles, names and expressions of target_modules", "targeting.resolve"
     kinds = ("json",)
     inputs = 12_000
+    guided = False
 
     def __init__(self) -> None:
         from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -501,6 +503,8 @@ class Command(Target):
     name, title, entry = "command", "arguments of the command line", "hf_lora.cli"
     kinds = ("json",)
     inputs = 2_000
+    guided = False  # typer is slow, and keeps no state between two calls worth guiding
+    few = 8
 
     def __init__(self) -> None:
         from typer.testing import CliRunner

@@ -11,7 +11,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +55,8 @@ class Target:
     entry: ClassVar[str]  # the function that takes it
     kinds: ClassVar[tuple[str, ...]]  # of each part: "json", "yaml", "text", "lines", "tensors", "bytes"
     inputs: ClassVar[int] = 10_000  # of a full run
+    guided: ClassVar[bool] = True  # whether coverage guides some of its inputs, where atheris is installed
+    few: ClassVar[int] = 60  # inputs of a test
     refusals: ClassVar[tuple[type[BaseException], ...]] = (LoRAError,)
 
     def seeds(self) -> list[bytes]:
@@ -233,19 +235,3 @@ class Folder:
 
     def close(self) -> None:
         self._made.cleanup()
-
-
-def chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """(number, size) of the pieces that `total` inputs are played in."""
-    for number in range(-(-total // size)):
-        yield number, min(size, total - number * size)
-
-
-Make = Callable[[], Target]
-
-
-def texts(items: Iterable[Any]) -> list[bytes]:
-    """Each as JSON."""
-    import json
-
-    return [json.dumps(item).encode() for item in items]

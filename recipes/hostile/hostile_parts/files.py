@@ -293,12 +293,13 @@ class Whole(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.h = torch.nn.ModuleList(
-            torch.nn.ModuleDict({name: torch.nn.Linear(4, 3) for name in ("q", "v")}) for _ in range(2)
-        )
-        self.emb = torch.nn.Embedding(5, 4)
-        self.head = torch.nn.Linear(3, 2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.h = torch.nn.ModuleList(
+                torch.nn.ModuleDict({name: torch.nn.Linear(4, 3) for name in ("q", "v")}) for _ in range(2)
+            )
+            self.emb = torch.nn.Embedding(5, 4)
+            self.head = torch.nn.Linear(3, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.h[0]["q"](x)  # type: ignore[no-any-return, index]
@@ -312,6 +313,7 @@ class Load(Adapter):
 
     name, title, entry = "load", "the same two files, onto a model", "model.load_lora"
     inputs = 8_000
+    guided = False
 
     @functools.cache  # noqa: B019
     def seeds(self) -> list[bytes]:
@@ -587,6 +589,8 @@ class Checkpoint(Target):
     name, title, entry = "checkpoint", "a checkpoint's files, before a resume", "resuming.faults, read_checkpoint"
     kinds = ("json", "tensors", "json", "bytes", "bytes")
     inputs = 6_000
+    guided = False
+    few = 40
     _NAMES = (store.CONFIG_NAME, store.WEIGHTS_NAME, "trainer_state.json", "optimizer.pt", "rng_state.pth")
 
     def __init__(self) -> None:

@@ -70,6 +70,8 @@ class Card(Target):
     name, title, entry = "card", "a repo's README.md, before a push", "card.update"
     kinds = ("yaml",)
     inputs = 3_000
+    guided = False
+    few = 25
     _OWN = ("base_model", "library_name", "tags", "datasets", "model-index", "pipeline_tag")
 
     def __init__(self) -> None:
