@@ -15,6 +15,9 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+_LARGEST = 1e18  # of a scaling; times a mixture's weight, which is bounded likewise, it is still a float32
+
+
 class FrozenMapping(Mapping[K, V]):
     """A read-only mapping that, unlike `types.MappingProxyType`, can be pickled and deep-copied."""
 
@@ -70,8 +73,8 @@ def integer(name: str, value: Any, *, least: int) -> int:
 
 def positive(name: str, value: Any) -> float:
     """A positive finite number, as a float."""
-    if not is_number(value) or not value > 0:
-        raise wrong(name, value, "a positive finite number")
+    if not is_number(value) or not 0 < value <= _LARGEST:
+        raise wrong(name, value, f"a positive finite number of at most {_LARGEST:g}")
     return float(value)
 
 

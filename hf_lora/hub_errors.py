@@ -80,13 +80,11 @@ class _Facts:
 
     @property
     def from_the_client(self) -> bool:
-        """Whether huggingface_hub, or what it calls, met something that it did not expect. Of any class: a body that is
-        a list where it looks for a name, a redirect without end, a number that is none.
-        """
+        """Whether huggingface_hub met something that it did not expect (a body of another form, endless redirects)."""
         if isinstance(self.error, TypeError) and "keyword argument" in str(self.error):
             return False  # the caller's mistake
         frames = traceback.extract_tb(self.error.__traceback__)
-        return bool(frames) and Path(frames[-1].filename).parent != Path(__file__).parent
+        return any("huggingface_hub" in Path(frame.filename).parts for frame in frames)
 
     def is_a(self, *names: str) -> bool:
         """Whether the error's class, or one it derives from, has one of these names.

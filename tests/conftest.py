@@ -51,6 +51,8 @@ NOT_CORE = {
     "test_export_hub.py",
     "test_facts.py",
     "test_functional.py",
+    "test_fuzz.py",
+    "test_fuzz_cases.py",
     "test_fused.py",
     "test_gguf.py",
     "test_health.py",

@@ -214,7 +214,7 @@ def _shards(name: str, folder: Path, fetch: Callable[[str], Path]) -> tuple[list
         for shard in names
     ):
         raise LoRAFileError(f"{path} does not map tensors to safetensors files beside it.", name=INDEX, value=names[:3])
-    return sorted(set(names)), set(weight_map)
+    return sorted(set(names)), set(weight_map or ())
 
 
 def _tensors(files: list[Path]) -> dict[str, Stored]:

@@ -66,9 +66,7 @@ class Settings:
             if value is None and name == "max_prompt_tokens":
                 continue
             if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
-                raise _impossible(
-                    name, value, f"{'a number' if float in kinds else 'an integer'}, at least {least}"
-                )
+                raise _impossible(name, value, f"{'a number' if float in kinds else 'an integer'}, at least {least}")
 
     @property
     def limits(self) -> Limits:

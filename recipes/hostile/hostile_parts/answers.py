@@ -39,7 +39,10 @@ _MODEL = {
     "likes": 1,
     "tags": ["lora", "base_model:adapter:org/base"],
     "lastModified": "2024-01-02T03:04:05.000Z",
-    "siblings": [{"rfilename": "adapter_config.json", "size": 9}, {"rfilename": "adapter_model.safetensors", "size": 99}],
+    "siblings": [
+        {"rfilename": "adapter_config.json", "size": 9},
+        {"rfilename": "adapter_model.safetensors", "size": 99},
+    ],
 }
 
 

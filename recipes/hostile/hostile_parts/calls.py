@@ -57,7 +57,7 @@ class Names(Target):
 
     name, title, entry = "name", "adapters' names, and subfolders", "model.add, loading.save_checkpoint"
     kinds = ("json",)
-    inputs = 15_000
+    inputs = 12_000
     guided = False
 
     def __init__(self) -> None:
@@ -131,8 +131,14 @@ class Roles(Target):
     guided = False
 
     def __init__(self) -> None:
-        from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import (
+            BertConfig,
+            BertForSequenceClassification,
+            GPT2Config,
+            GPT2LMHeadModel,
+            LlamaConfig,
+            LlamaForCausalLM,
+        )
 
         sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 2}
@@ -144,20 +150,51 @@ class Roles(Target):
                 "bert": BertForSequenceClassification(BertConfig(**sizes, **heads)),
             }
         self.layers = {
-            name: [path for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D", "Embedding")]
+            name: [
+                path
+                for path, module in model.named_modules()
+                if type(module).__name__ in ("Linear", "Conv1D", "Embedding")
+            ]
             for name, model in self.models.items()
         }
-        self.modules = {name: [path for path, _ in model.named_modules() if path] for name, model in self.models.items()}
+        self.modules = {
+            name: [path for path, _ in model.named_modules() if path] for name, model in self.models.items()
+        }
 
     def seeds(self) -> list[bytes]:
         asked = (
-            *(["q", "v"], ["attention"], "all-linear", ["mlp"], ["q_proj", "down_proj"], ["c_attn"], ["query", "value"]),
-            *(r".*\.(q|v)_proj", r"transformer\.h\.\d\.attn\.c_attn", ["model.layers.0.self_attn.q_proj", "k"], None, "q"),
+            *(
+                ["q", "v"],
+                ["attention"],
+                "all-linear",
+                ["mlp"],
+                ["q_proj", "down_proj"],
+                ["c_attn"],
+                ["query", "value"],
+            ),
+            *(
+                r".*\.(q|v)_proj",
+                r"transformer\.h\.\d\.attn\.c_attn",
+                ["model.layers.0.self_attn.q_proj", "k"],
+                None,
+                "q",
+            ),
         )
         found = [{"model": name, "target_modules": targets} for name in self.models for targets in asked]
-        found += [{"model": "llama", "target_modules": ["q", "o"], "layers_to_transform": [1], "layers_pattern": "layers"}]
-        found += [{"model": "llama", "target_modules": ["q", "mlp"], "exclude_modules": ["up"], "rank_pattern": {"q_proj": 2}}]
-        found += [{"model": "bert", "target_modules": ["query"], "modules_to_save": ["classifier"], "alpha_pattern": {"query": 3}}]
+        found += [
+            {"model": "llama", "target_modules": ["q", "o"], "layers_to_transform": [1], "layers_pattern": "layers"}
+        ]
+        found += [
+            {"model": "llama", "target_modules": ["q", "mlp"], "exclude_modules": ["up"], "rank_pattern": {"q_proj": 2}}
+        ]
+        found += [
+            {
+                "model": "bert",
+                "target_modules": ["query"],
+                "modules_to_save": ["classifier"],
+                "alpha_pattern": {"query": 3},
+            }
+        ]
         return [data for data in good.texts(found) if _taken(self, data)]
 
     def check(self, data: bytes) -> None:
@@ -171,7 +208,10 @@ class Roles(Target):
         paths = [target.path for target in found.targets]
         same(len(set(paths)), len(paths), "each target once")
         wanted = said.get("target_modules")
-        if any(said.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type")):
+        if any(
+            said.get(k)
+            for k in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type")
+        ):
             return
         expected = self._expected(name, wanted)
         if expected is not None and name == "llama":
@@ -212,7 +252,7 @@ class Routes(Target):
 
     name, title, entry = "route", "arguments of set, use, route and train", "switching.set_lora, use_lora, route_lora"
     kinds = ("json",)
-    inputs = 100_000
+    inputs = 150_000
     refusals = (LoRAError,)
 
     def __init__(self) -> None:
@@ -242,7 +282,9 @@ class Routes(Target):
     def seeds(self) -> list[bytes]:
         whiches = ["a", "org/x", None, ["a", "b"], {"a": 0.7, "b": 0.3}, {"b": -1}, [], ["a", "b", "org/x"]]
         calls = [{"verb": verb, "which": which} for verb in ("set", "use") for which in whiches]
-        calls += [{"verb": "route", "which": which} for which in (["a", "b", None], ["a", "a", "a"], [None, None, None])]
+        calls += [
+            {"verb": "route", "which": which} for which in (["a", "b", None], ["a", "a", "a"], [None, None, None])
+        ]
         calls += [{"verb": "train", "which": which} for which in (["a"], "b", [])]
         return good.texts(calls)
 
@@ -291,7 +333,9 @@ class Routes(Target):
             got = self.model(self.x).double().numpy()  # raises if the number of rows is another
         same(len(rows), 3, "rows")
         for i, mixture in enumerate(rows):
-            want = self.base[i] + sum((w * (self.deltas[n] @ self.inputs_[i]) for n, w in mixture.items()), 0 * self.base[i])
+            want = self.base[i] + sum(
+                (w * (self.deltas[n] @ self.inputs_[i]) for n, w in mixture.items()), 0 * self.base[i]
+            )
             if any(abs(w) > 1e30 for w in mixture.values()):
                 continue
             size = 1 + sum(abs(w) for w in mixture.values())
@@ -321,7 +365,7 @@ class _Ingress(ingress.Ingress):
 class Requests(Target):
     name, title, entry = "request", "a request of a deployment", "serve.ingress, serve.requests.read_ask"
     kinds = ("json",)
-    inputs = 120_000
+    inputs = 200_000
     _LIMITS = Limits("org/base", 32, 2_000)
 
     def __init__(self) -> None:
@@ -365,7 +409,7 @@ serve_app: Any = importlib.import_module("hf_lora.serve.app")  # hf_lora.serve.a
 class Deployment(Target):
     name, title, entry = "deployment", "arguments of `serve run`", "serve.app"
     kinds = ("json",)
-    inputs = 40_000
+    inputs = 80_000
 
     def __init__(self) -> None:
         self._ray = serve_app._require_ray
@@ -380,7 +424,13 @@ class Deployment(Target):
             [
                 {"base": "org/base", "source": "adapters/", "num_replicas": "2", "num_cpus": "1"},
                 {"base": "b", "source": None, "device_slots": 4, "batch_wait_timeout_s": "0.5", "max_prompt_tokens": 9},
-                {"base": "b", "source": "s", "ray_actor_options": {"num_gpus": 1}, "num_gpus": 0, "pool_options": {"max_rank": 8}},
+                {
+                    "base": "b",
+                    "source": "s",
+                    "ray_actor_options": {"num_gpus": 1},
+                    "num_gpus": 0,
+                    "pool_options": {"max_rank": 8},
+                },
             ]
         )
 
@@ -419,7 +469,7 @@ class Page(Target):
 
     name, title, entry = "page", "fields of the demo, and of the Space's API", "demo.Demo.ask, blend, rows"
     kinds = ("json",)
-    inputs = 80_000
+    inputs = 140_000
 
     def __init__(self) -> None:
         folder = Folder()
@@ -502,7 +552,7 @@ class Command(Target):
 
     name, title, entry = "command", "arguments of the command line", "hf_lora.cli"
     kinds = ("json",)
-    inputs = 2_000
+    inputs = 1_500
     guided = False  # typer is slow, and keeps no state between two calls worth guiding
     few = 8
 
@@ -522,7 +572,13 @@ class Command(Target):
             (self.where / name).mkdir()
             (self.where / name / store.CONFIG_NAME).write_text(json.dumps(good.CONFIG))
             (self.where / name / store.WEIGHTS_NAME).write_bytes(good.weights(good.ADAPTERS[0][1]))
-        config = {"model_type": "llama", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+        config = {
+            "model_type": "llama",
+            "vocab_size": 32,
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+        }
         config |= {"num_attention_heads": 2, "architectures": ["LlamaForCausalLM"]}
         (self.where / "config.json").write_text(json.dumps(config))
         (self.where / "r.yaml").write_text(good.RECIPES[0])
@@ -532,7 +588,13 @@ class Command(Target):
         )
 
     def _files(self) -> dict[str, bytes]:
-        names = ("a/adapter_config.json", "a/adapter_model.safetensors", "config.json", "r.yaml", "b/adapter_config.json")
+        names = (
+            "a/adapter_config.json",
+            "a/adapter_model.safetensors",
+            "config.json",
+            "r.yaml",
+            "b/adapter_config.json",
+        )
         return {name: (self.where / name).read_bytes() if (self.where / name).is_file() else b"" for name in names}
 
     def seeds(self) -> list[bytes]:
@@ -557,7 +619,10 @@ class Command(Target):
         arguments = [item if isinstance(item, str) else json.dumps(item) for item in arguments]
         if any("\0" in item or len(item) > 10_000 for item in arguments):
             raise LoRAError("no system passes such an argument")
-        if any(item in ("push", "pull", "demo", "quickstart", "train", "--debug", "--install-completion") for item in arguments):
+        if any(
+            item in ("push", "pull", "demo", "quickstart", "train", "--debug", "--install-completion")
+            for item in arguments
+        ):
             raise LoRAError("asks the network, or runs for minutes")
         # argv of another encoding has lone surrogates: that is how Python shows it
         from hf_lora import cli
@@ -566,7 +631,9 @@ class Command(Target):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             result = self.runner.invoke(cli.app, arguments, env=environment)
         if result.exit_code == 1 or (result.exception is not None and not isinstance(result.exception, SystemExit)):
-            raise RuntimeError(f"{arguments} exits with {result.exit_code}: {result.output[-300:]}") from result.exception
+            raise RuntimeError(
+                f"{arguments} exits with {result.exit_code}: {result.output[-300:]}"
+            ) from result.exception
         same(self._files(), self.kept, "the files that it was given")
         if result.exit_code != 0:
             if not result.output.strip():

@@ -191,7 +191,13 @@ class Watch:
         if kind not in self._seen and len(self._seen) < 200:
             self._seen.add(kind)
             self.tally.findings.append(
-                {"target": self.target.name, "outcome": outcome, "said": said, "at": place, "input": data.hex()[:20_000]}
+                {
+                    "target": self.target.name,
+                    "outcome": outcome,
+                    "said": said,
+                    "at": place,
+                    "input": data.hex()[:20_000],
+                }
             )
 
 

@@ -96,7 +96,11 @@ def require_as_said(config: LoRAConfig, said: dict[str, Any]) -> None:
             continue
         else:  # settings of an initialisation
             held = config.init_options
-            value = {key: item for key, item in value.items() if key in config.init_options} if isinstance(value, dict) else value
+            value = (
+                {key: item for key, item in value.items() if key in config.init_options}
+                if isinstance(value, dict)
+                else value
+            )
         if not as_said(held, value):
             raise SilentChange(f"{name}: the file says {value!r}, the config has {held!r}"[:400])
 
@@ -104,7 +108,7 @@ def require_as_said(config: LoRAConfig, said: dict[str, Any]) -> None:
 class Config(Target):
     name, title, entry = "config", "adapter_config.json", "store.read_config"
     kinds = ("json",)
-    inputs = 300_000
+    inputs = 280_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -162,7 +166,7 @@ _BRANCHING = re.compile(r"[+*{?|(]")
 class Adapter(Target):
     name, title, entry = "adapter", "adapter_config.json and adapter_model.safetensors", "store.read_adapter"
     kinds = ("json", "tensors")
-    inputs = 60_000
+    inputs = 40_000
 
     def __init__(self) -> None:
         self.folder, self.again = Folder(), Folder()
@@ -203,7 +207,7 @@ class Adapter(Target):
             found[name] = [[k, float(v)] for k, v in (found[name] or {}).items()]
         if isinstance(found["use_bdlora"], dict):
             given = {k: v for k, v in found["use_bdlora"].items() if v not in (None, [])}
-            found["use_bdlora"] = {**{"nblocks": 1, "match_strict": True}, **given}
+            found["use_bdlora"] = {"nblocks": 1, "match_strict": True, **given}
         found["r"], found["lora_alpha"] = float(found["r"]), float(found["lora_alpha"])
         return json.dumps(found, sort_keys=True)
 
@@ -312,7 +316,7 @@ class Load(Adapter):
     """As `Adapter`, onto a model: all of it, or the model is as before."""
 
     name, title, entry = "load", "the same two files, onto a model", "model.load_lora"
-    inputs = 8_000
+    inputs = 6_000
     guided = False
 
     @functools.cache  # noqa: B019
@@ -414,9 +418,11 @@ _FORMATS: dict[str, tuple[tuple[str, ...], list[bytes], Any]] = {
             good.weights({"h.0.q.lora_A": (2, 4), "h.0.q.lora_B": (3, 2), "h.0.q.bias": (3,)}, prefix=""),
             good.weights({"h.0.c_attn.lora_A": (4, 4), "h.0.c_attn.lora_B": (6, 2)}, prefix="module."),
         ],
-        lambda folder: importers.from_loralib(folder / "adapter.safetensors", alpha=3, enable_lora=[True, False, True])
-        if b"c_attn" in (folder / "adapter.safetensors").read_bytes()
-        else importers.from_loralib(folder / "adapter.safetensors", alpha=3),
+        lambda folder: (
+            importers.from_loralib(folder / "adapter.safetensors", alpha=3, enable_lora=[True, False, True])
+            if b"c_attn" in (folder / "adapter.safetensors").read_bytes()
+            else importers.from_loralib(folder / "adapter.safetensors", alpha=3)
+        ),
     ),
 }
 
@@ -425,7 +431,8 @@ class Importer(Target):
     """One importer: what it takes is finite, of the file's own numbers, and reads the same when written."""
 
     title, entry = "", ""
-    inputs = 20_000
+    inputs = 12_000
+    count = 0
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -449,6 +456,9 @@ class Importer(Target):
             if not (pair.A.isfinite().all() and pair.B.isfinite().all() and 0 < pair.scaling < float("inf")):
                 raise SilentChange(f"{path} is not finite")
         self._numbers(value, file)
+        self.count += 1
+        if self.count % 4:
+            return
         store.write_adapter(value, self.again.path)
         require_equal(value, store.read_adapter(self.again.path))
 
@@ -462,7 +472,9 @@ class Importer(Target):
             elif self.function == "from_adalora":
                 names, scaling = (f"{good.PREFIX}{path}.lora_A", f"{good.PREFIX}{path}.lora_B"), None
             elif self.function == "from_loralib" and not pair.blocks:
-                names = next(((n, f"{n[:-1]}B") for n in (f"{path}.lora_A", f"module.{path}.lora_A") if n in file), ("", ""))
+                names = next(
+                    ((n, f"{n[:-1]}B") for n in (f"{path}.lora_A", f"module.{path}.lora_A") if n in file), ("", "")
+                )
                 scaling = 3 / pair.rank
             else:
                 continue
@@ -471,7 +483,9 @@ class Importer(Target):
             a, b = (np.frombuffer(file[n][2], "<f4").reshape(file[n][1]).astype(np.float64) for n in names)
             if self.function == "from_mlx":
                 a, b = a.T, b.T
-                scaling = numbers_only((self.folder.path / "adapter_config.json").read_bytes())["lora_parameters"]["scale"]
+                scaling = numbers_only((self.folder.path / "adapter_config.json").read_bytes())["lora_parameters"][
+                    "scale"
+                ]
             elif self.function == "from_adalora":
                 said = numbers_only((self.folder.path / "adapter_config.json").read_bytes())
                 scaling = said.get("lora_alpha", 8) / (said.get("init_r", 12) + 1e-5)
@@ -515,7 +529,7 @@ def importer_targets() -> dict[str, Any]:
 class Base(Target):
     name, title, entry = "base", "a sharded base: config.json, index.json, shards' headers", "export.base.open_base"
     kinds = ("json", "json", "tensors")
-    inputs = 90_000
+    inputs = 30_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -550,7 +564,7 @@ class Base(Target):
 class Run(Target):
     name, title, entry = "trainer-state", "trainer_state.json, as the card and a resume read it", "RunFacts.read"
     kinds = ("json",)
-    inputs = 120_000
+    inputs = 130_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -568,7 +582,9 @@ class Run(Target):
                 raise SilentChange("training would go on from a state that cannot be read") from None
             raise
         said = json.loads(data)
-        same(whole, isinstance(said, dict) and type(said.get("global_step")) is int and said["global_step"] >= 0, "whole")
+        same(
+            whole, isinstance(said, dict) and type(said.get("global_step")) is int and said["global_step"] >= 0, "whole"
+        )
         assert found is not None
         step = said.get("global_step")
         same(found.steps, step if type(step) is int and 0 <= step < 2**63 else 0, "steps")
@@ -576,7 +592,7 @@ class Run(Target):
         log = said.get("log_history")
         given = [e.get("loss") for e in log if isinstance(e, dict)] if isinstance(log, list) else []
         for _, loss in found.losses:
-            if not any(type(g) in (int, float) and loss == float(g) for g in given):
+            if not any(type(g) in (int, float) and loss == (float(g) if abs(g) < 2**1000 else g) for g in given):
                 raise SilentChange(f"a loss of {loss} that the log does not have")
 
     def close(self) -> None:
@@ -588,7 +604,7 @@ class Checkpoint(Target):
 
     name, title, entry = "checkpoint", "a checkpoint's files, before a resume", "resuming.faults, read_checkpoint"
     kinds = ("json", "tensors", "json", "bytes", "bytes")
-    inputs = 6_000
+    inputs = 4_000
     guided = False
     few = 40
     _NAMES = (store.CONFIG_NAME, store.WEIGHTS_NAME, "trainer_state.json", "optimizer.pt", "rng_state.pth")

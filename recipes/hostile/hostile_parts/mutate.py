@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 NAMES = (
-    "r lora_alpha lora_dropout target_modules rank_pattern alpha_pattern bias use_rslora use_dora lora_bias peft_type "
-    "modules_to_save layers_to_transform layers_pattern layer_replication init_lora_weights exclude_modules use_qalora "
-    "use_bdlora kasa_config velora_config monteclora_config alora_invocation_tokens qalora_group_size task_type "
-    "target_parameters trainable_token_indices fan_in_fan_out revision base_model_name_or_path auto_mapping "
-    "__metadata__ dtype shape data_offsets weight_map metadata model prompt max_tokens name"
-).split()
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "use_rslora"),
+    *("use_dora", "lora_bias", "peft_type", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("layer_replication", "init_lora_weights", "exclude_modules", "use_qalora", "use_bdlora", "kasa_config"),
+    *("velora_config", "monteclora_config", "alora_invocation_tokens", "qalora_group_size", "task_type"),
+    *("target_parameters", "trainable_token_indices", "fan_in_fan_out", "revision", "base_model_name_or_path"),
+    *("auto_mapping", "__metadata__", "dtype", "shape", "data_offsets", "weight_map", "metadata", "model"),
+    *("prompt", "max_tokens", "name"),
+)
 
 TEXTS = (
     *("", " ", "\n", "\t", "\0", "\x7f", "\ud800", "é", "\u202e", "💥", "\ufeff", "\u2028", "ﬁ", "İ", "٣", "²"),
@@ -21,7 +23,24 @@ TEXTS = (
     *("q_proj", "q", "v", "all-linear", "lora_A", "default", "base_model.model.", "a.b", "h.0.q", "LORA", "ADALORA"),
     *("../../etc/passwd", "/etc/passwd", "C:\\x", "a/b", "..", ".", "con", "~", "file:///x", "org/name", "http://x/y"),
     *("(a+)+$", "(", "[", "[[", "a{99999}", "(?P<x>a)(?P=x)", ".*.*.*.*=", "\\", "(?i)Q", "x*" * 30, "$", "^", "|"),
-    *("*&a", "&a *a", "- -", "? ", "---", "...", "{", "}", "[]", "%s", "{0}", "{x.__class__}", "\\ud800", "<b>", "'", '"'),
+    *(
+        "*&a",
+        "&a *a",
+        "- -",
+        "? ",
+        "---",
+        "...",
+        "{",
+        "}",
+        "[]",
+        "%s",
+        "{0}",
+        "{x.__class__}",
+        "\\ud800",
+        "<b>",
+        "'",
+        '"',
+    ),
     "hf_" + "A" * 34,
 )
 NUMBERS: tuple[Any, ...] = (
@@ -125,7 +144,9 @@ def _near(rng: random.Random, item: Any) -> Any:
         return _misspelt(rng, item)
     if isinstance(item, list):
         return rng.choice((item[::-1], item + item, item[1:], [*item, value(rng)]))
-    return {str(key) + rng.choice(("", "x", ".")): inner for key, inner in item.items()} if isinstance(item, dict) else {}
+    return (
+        {str(key) + rng.choice(("", "x", ".")): inner for key, inner in item.items()} if isinstance(item, dict) else {}
+    )
 
 
 def _json(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
@@ -147,9 +168,13 @@ def _json(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
         where, key = _places(found, rng)
         if where is not None:
             where[key] = "@"
-            text = json.dumps(found).replace('"@"', rng.choice(("[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep)))
+            text = json.dumps(found).replace(
+                '"@"', rng.choice(("[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep))
+            )
     elif roll < 0.1:
-        text = rng.choice(("\ufeff" + text, text.replace(",", ",\r\n"), text + " " * 50, text + text, f"[{text}]", f"{text},"))
+        text = rng.choice(
+            ("\ufeff" + text, text.replace(",", ",\r\n"), text + " " * 50, text + text, f"[{text}]", f"{text},")
+        )
     elif roll < 0.11:
         return text.encode(rng.choice(("utf-16", "utf-32", "utf-8-sig")))
     elif roll < 0.13:
@@ -181,7 +206,9 @@ def _text(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
         other = rng.choice(others).decode("utf-8", "replace")
         text = text[:at] + other[rng.randrange(len(other) + 1) :]
     else:
-        text = rng.choice((text.replace("\n", "\r\n"), "\ufeff" + text, text.upper(), text[::-1], text.replace(" ", "\t")))
+        text = rng.choice(
+            (text.replace("\n", "\r\n"), "\ufeff" + text, text.upper(), text[::-1], text.replace(" ", "\t"))
+        )
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -275,8 +302,18 @@ def _tensors(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
     if change == 0:
         del parts[name]
     elif change == 1:
-        parts[rng.choice((name.replace("lora_A", "lora_B"), name + ".x", name.replace(".weight", ".default.weight"),
-                          _misspelt(rng, name), f"base_model.model.{rng.choice(TEXTS)}", name[len("base_model.model."):]))] = parts.pop(name)
+        parts[
+            rng.choice(
+                (
+                    name.replace("lora_A", "lora_B"),
+                    name + ".x",
+                    name.replace(".weight", ".default.weight"),
+                    _misspelt(rng, name),
+                    f"base_model.model.{rng.choice(TEXTS)}",
+                    name[len("base_model.model.") :],
+                )
+            )
+        ] = parts.pop(name)
     elif change == 2:
         shape = [max(0, n + rng.choice((-1, 1, 7))) if rng.random() < 0.6 else n for n in shape]
         parts[name] = (dtype, shape, b"\1" * (_numel(shape) * _SIZES.get(dtype, 4)))
@@ -288,11 +325,24 @@ def _tensors(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
     elif change == 5:
         parts[name] = (dtype, shape, _body(rng, content))
     elif change == 6 and isinstance(other, dict):
-        parts |= {n: (e["dtype"], e["shape"], b"\0" * (_numel(e["shape"]) * _SIZES.get(e["dtype"], 4)))
-                  for n, e in rng.sample(list(other.items()), min(len(other), 2)) if _whole(e) and n != "__metadata__"}
+        parts |= {
+            n: (e["dtype"], e["shape"], b"\0" * (_numel(e["shape"]) * _SIZES.get(e["dtype"], 4)))
+            for n, e in rng.sample(list(other.items()), min(len(other), 2))
+            if _whole(e) and n != "__metadata__"
+        }
     else:
-        parts[rng.choice((f"base_model.model.{name}", name.replace("lora_A", "lora_embedding_A"), name.rpartition(".")[0],
-                          "base_model.model.head.weight", "base_model.model.h.0.q.base_layer.bias", name.replace("h.", "g.")))] = parts[name]
+        parts[
+            rng.choice(
+                (
+                    f"base_model.model.{name}",
+                    name.replace("lora_A", "lora_embedding_A"),
+                    name.rpartition(".")[0],
+                    "base_model.model.head.weight",
+                    "base_model.model.h.0.q.base_layer.bias",
+                    name.replace("h.", "g."),
+                )
+            )
+        ] = parts[name]
     return container(parts, header.get("__metadata__"))
 
 
@@ -322,7 +372,10 @@ def _whole(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("dtype"), str)
-        and all(isinstance(entry.get(k), list) and all(type(n) is int and 0 <= n < 10**6 for n in entry[k]) for k in ("shape", "data_offsets"))
+        and all(
+            isinstance(entry.get(k), list) and all(type(n) is int and 0 <= n < 10**6 for n in entry[k])
+            for k in ("shape", "data_offsets")
+        )
         and len(entry["data_offsets"]) == 2
         and _numel(entry["shape"]) < 10**5
     )
@@ -371,7 +424,9 @@ def _bytes(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 8))):
         if found:
             i = rng.randrange(len(found))
-            found[i] = found[i] ^ (1 << rng.randrange(8)) if rng.random() < 0.6 else rng.choice(b"\0\xff\x80\"{}[],:09-.\\")
+            found[i] = (
+                found[i] ^ (1 << rng.randrange(8)) if rng.random() < 0.6 else rng.choice(b'\0\xff\x80"{}[],:09-.\\')
+            )
     return bytes(found)
 
 

@@ -21,7 +21,9 @@ ENGINES = {
 }
 
 
-def write(folder: Path, tallies: Mapping[str, Mapping[str, Tally]], about: Mapping[str, Mapping[str, str]], seed: int) -> dict[str, Any]:
+def write(
+    folder: Path, tallies: Mapping[str, Mapping[str, Tally]], about: Mapping[str, Mapping[str, str]], seed: int
+) -> dict[str, Any]:
     """hostile.md and hostile.json: target × inputs × outcome. `tallies`: target -> engine -> tally."""
     import torch
     import transformers
@@ -61,30 +63,20 @@ def write(folder: Path, tallies: Mapping[str, Mapping[str, Tally]], about: Mappi
 
 
 def _page(found: Mapping[str, Any]) -> str:
-    total, bounds = found["total"], found["bounds"]
+    total = found["total"]
     engines: dict[str, int] = {}
     for row in found["targets"].values():
         for engine, count in row["engines"].items():
             engines[engine] = engines.get(engine, 0) + count
-    lines = [
-        "# Hostile input",
-        "",
-        f"{total['inputs']:,} inputs over {len(found['targets'])} targets, from `{found['command']}` (seed {found['seed']}; "
-        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}).",
-        "",
-        "*Loaded*: it was taken, and what it became was compared with another reading of the same bytes (json, numpy, "
-        "libyaml, Python's re): every field, every tensor bit for bit, every scaling; what is written is read again to the "
-        "same. *Refused*: a typed `LoRAError` with a message; a model is then as before, bit for bit. *Crash*: any other "
-        "exception; of a command, a traceback or the exit code 1. *Silent*: taken as something that it does not say. "
-        f"*Bound*: an input that took over {bounds['seconds']:g} s, or over {bounds['bytes'] >> 20} MiB.",
-        "",
+    lines = ["# Hostile input", "", *_intro(found), ""]
+    lines += [
         "| target | from outside | inputs | loaded | refused | crash | silent | bound | slowest | memory |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in found["targets"].items():
         lines.append(
-            f"| {name} | {row['title']} | {row['inputs']:,} | {row['loaded']:,} | {row['refused']:,} | {row['crash']} | "
-            f"{row['silent']} | {row['slow'] + row['large']} | {row['slowest_seconds']:.2f} s | "
+            f"| {name} | {row['title']} | {row['inputs']:,} | {row['loaded']:,} | {row['refused']:,} | "
+            f"{row['crash']} | {row['silent']} | {row['slow'] + row['large']} | {row['slowest_seconds']:.2f} s | "
             f"{row['most_memory_bytes'] / 2**20:.0f} MiB |"
         )
     lines.append(
@@ -97,11 +89,31 @@ def _page(found: Mapping[str, Any]) -> str:
     lines += [f"- {engines[engine]:,}: {what}" for engine, what in ENGINES.items() if engine in engines]
     lines += [
         "",
-        "*Memory* is what the process had at most beyond what it had before, over windows of 200 inputs, so no input had "
-        "more. Of the regular expressions that need a process of their own one in 50 is given it. The page's target reads "
-        "and checks what a visitor sends and stops before the model; a deployment's stops before Ray.",
+        *_NOTES,
         "",
         "Inputs that were once taken wrongly, or crashed, are kept in `tests/test_fuzz_cases.py`.",
         "",
     ]
     return "\n".join(lines)
+
+
+_NOTES = (
+    "*Memory* is what the process had at most beyond what it had before, over windows of 200 inputs, so that no input",
+    "had more. Of the regular expressions that need a process of their own one in 50 is given it. The page's target",
+    "reads and checks what a visitor sends and stops before the model; a deployment's stops before Ray.",
+)
+
+
+def _intro(found: Mapping[str, Any]) -> list[str]:
+    total, bounds = found["total"], found["bounds"]
+    return [
+        f"{total['inputs']:,} inputs over {len(found['targets'])} targets, from `{found['command']}`",
+        f"(seed {found['seed']}; Python {found['python']}, torch {found['torch']},",
+        f"transformers {found['transformers']}).",
+        "",
+        "*Loaded*: it was taken, and what it became was compared with another reading of the same bytes (json, numpy,",
+        "libyaml, Python's re): every field, every tensor bit for bit, every scaling; what is written is read again to",
+        "the same. *Refused*: a typed `LoRAError` with a message; a model is then as before, bit for bit. *Crash*: any",
+        "other exception; of a command, a traceback or the exit code 1. *Silent*: taken as something that it does not",
+        f"say. *Bound*: an input that took over {bounds['seconds']:g} s, or over {bounds['bytes'] >> 20} MiB.",
+    ]

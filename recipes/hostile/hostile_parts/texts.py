@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from typing import Any
 
 import yaml
@@ -33,7 +34,7 @@ def decoded(data: bytes) -> str:
 class Metadata(Target):
     name, title, entry = "front-matter", "a README's YAML front matter", "FrontMatter"
     kinds = ("yaml",)
-    inputs = 20_000
+    inputs = 15_000
     count = 0
 
     def seeds(self) -> list[bytes]:
@@ -69,7 +70,7 @@ class Metadata(Target):
 class Card(Target):
     name, title, entry = "card", "a repo's README.md, before a push", "card.update"
     kinds = ("yaml",)
-    inputs = 3_000
+    inputs = 2_000
     guided = False
     few = 25
     _OWN = ("base_model", "library_name", "tags", "datasets", "model-index", "pipeline_tag")
@@ -96,7 +97,11 @@ class Card(Target):
         for key, value in old.items():
             if key not in self._OWN:
                 same(repr(new.get(key)), repr(value), f"the owner's {key!r}")
-        words = re.sub(r"(?ms)^<!-- hf_lora:begin .*? -->[ \t]*\n.*?^<!-- hf_lora:end -->[ \t]*$", "", _lines(frontmatter.split(text)[1]))
+        words = re.sub(
+            r"(?ms)^<!-- hf_lora:begin .*? -->[ \t]*\n.*?^<!-- hf_lora:end -->[ \t]*$",
+            "",
+            _lines(frontmatter.split(text)[1]),
+        )
         body = _lines(frontmatter.split(updated)[1])
         for line in words.split("\n"):
             if line.strip() and line.rstrip() not in body:
@@ -139,7 +144,7 @@ def require_document(data: bytes, content: Any) -> None:
 class Recipes(Target):
     name, title, entry = "recipe", "a recipe's YAML", "Recipe.load"
     kinds = ("yaml",)
-    inputs = 15_000
+    inputs = 10_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -173,7 +178,7 @@ class Recipes(Target):
 class Tasks(Target):
     name, title, entry = "task-form", "task.yaml of an adapter that a demo ships", "demo.tasks.read_task"
     kinds = ("yaml",)
-    inputs = 8_000
+    inputs = 6_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -203,7 +208,11 @@ class Tasks(Target):
 class Patterns(Target):
     """A regular expression of a file, on module names. In one of 50 that need it the child process is asked."""
 
-    name, title, entry = "pattern", "a regular expression, on module names", "patterns.fullmatching, suffix_regex_lookup"
+    name, title, entry = (
+        "pattern",
+        "a regular expression, on module names",
+        "patterns.fullmatching, suffix_regex_lookup",
+    )
     kinds = ("json",)
     inputs = 100_000
     _NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "h.0.q", "lm_head", "a" * 40)
@@ -217,6 +226,7 @@ class Patterns(Target):
         self._child = patterns._match_in_child
         self._seconds = patterns._SECONDS
         patterns._match_in_child = self._sometimes
+        warnings.simplefilter("ignore", FutureWarning)  # Python's re, of '[['
         patterns._SECONDS = 1.0
 
     def _sometimes(self, regexes: Any, names: Any, field: str) -> Any:
@@ -256,6 +266,4 @@ class Patterns(Target):
         patterns._match_in_child, patterns._SECONDS = self._child, self._seconds
 
 
-TARGETS: dict[str, Any] = {
-    target.name: target for target in (Metadata, Card, Recipes, Tasks, Patterns)
-}
+TARGETS: dict[str, Any] = {target.name: target for target in (Metadata, Card, Recipes, Tasks, Patterns)}
