@@ -84,7 +84,7 @@ def require_as_said(config: LoRAConfig, said: dict[str, Any]) -> None:
                 value = None
             elif name == "modules_to_save" and isinstance(value, list):
                 value = list(dict.fromkeys(value))
-            elif name == "layers_pattern" and value == "":
+            elif name in ("layers_to_transform", "layers_pattern") and value == "":  # off, as in PEFT
                 value = None
             if name in ("rank_pattern", "alpha_pattern") and value:
                 same(list(held), list(value), f"the order of {name}")
