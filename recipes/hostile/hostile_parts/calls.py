@@ -365,7 +365,7 @@ class _Ingress(ingress.Ingress):
 class Requests(Target):
     name, title, entry = "request", "a request of a deployment", "serve.ingress, serve.requests.read_ask"
     kinds = ("json",)
-    inputs = 200_000
+    inputs = 250_000
     _LIMITS = Limits("org/base", 32, 2_000)
 
     def __init__(self) -> None:
@@ -409,7 +409,7 @@ serve_app: Any = importlib.import_module("hf_lora.serve.app")  # hf_lora.serve.a
 class Deployment(Target):
     name, title, entry = "deployment", "arguments of `serve run`", "serve.app"
     kinds = ("json",)
-    inputs = 80_000
+    inputs = 120_000
 
     def __init__(self) -> None:
         self._ray = serve_app._require_ray
@@ -469,7 +469,7 @@ class Page(Target):
 
     name, title, entry = "page", "fields of the demo, and of the Space's API", "demo.Demo.ask, blend, rows"
     kinds = ("json",)
-    inputs = 140_000
+    inputs = 180_000
 
     def __init__(self) -> None:
         folder = Folder()
@@ -552,7 +552,7 @@ class Command(Target):
 
     name, title, entry = "command", "arguments of the command line", "hf_lora.cli"
     kinds = ("json",)
-    inputs = 1_500
+    inputs = 1_200
     guided = False  # typer is slow, and keeps no state between two calls worth guiding
     few = 8
 

@@ -108,7 +108,7 @@ def require_as_said(config: LoRAConfig, said: dict[str, Any]) -> None:
 class Config(Target):
     name, title, entry = "config", "adapter_config.json", "store.read_config"
     kinds = ("json",)
-    inputs = 280_000
+    inputs = 200_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -166,7 +166,7 @@ _BRANCHING = re.compile(r"[+*{?|(]")
 class Adapter(Target):
     name, title, entry = "adapter", "adapter_config.json and adapter_model.safetensors", "store.read_adapter"
     kinds = ("json", "tensors")
-    inputs = 40_000
+    inputs = 30_000
 
     def __init__(self) -> None:
         self.folder, self.again = Folder(), Folder()
@@ -218,7 +218,12 @@ class Adapter(Target):
         said = numbers_only(config)
         require_as_said(value.config, said)
         require_bytes(value, read_raw(weights))
+        if not all(tensor.isfinite().all() for tensor in value.tensors() if tensor.is_floating_point()):
+            raise SilentChange("a tensor that is not finite")
         require_scalings(value, said)
+        for path in (*value.factors, *value.modules):
+            if not path or path[0] == "." or any(part in path for part in ("/", "\\", "..", "\0", "\n")):
+                raise SilentChange(f"{path!r} is taken for a module")
         digest = self._digest(weights)
         if digest in self.digests:
             same(self._meaning(config), self.digests[digest], "a config beside weights of another")
@@ -431,7 +436,7 @@ class Importer(Target):
     """One importer: what it takes is finite, of the file's own numbers, and reads the same when written."""
 
     title, entry = "", ""
-    inputs = 12_000
+    inputs = 8_000
     count = 0
 
     def __init__(self, function: str) -> None:
@@ -564,7 +569,7 @@ class Base(Target):
 class Run(Target):
     name, title, entry = "trainer-state", "trainer_state.json, as the card and a resume read it", "RunFacts.read"
     kinds = ("json",)
-    inputs = 130_000
+    inputs = 160_000
 
     def __init__(self) -> None:
         self.folder = Folder()

@@ -298,8 +298,12 @@ def _tensors(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
     # A container that is right, of tensors that are not: other names, shapes, dtypes, and their bytes.
     parts = {n: (header[n]["dtype"], header[n]["shape"], body[slice(*header[n]["data_offsets"])]) for n in names}
     dtype, shape, content = parts[name]
-    change = rng.randrange(8)
-    if change == 0:
+    change = rng.randrange(9)
+    if change == 8:  # another module's path, in both factors
+        path = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        other_path = rng.choice((*TEXTS, f"a{rng.choice(TEXTS)}b", path.replace(".", "..")))
+        parts = {n.replace(path, other_path): part for n, part in parts.items()}
+    elif change == 0:
         del parts[name]
     elif change == 1:
         parts[

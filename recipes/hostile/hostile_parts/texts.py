@@ -34,7 +34,7 @@ def decoded(data: bytes) -> str:
 class Metadata(Target):
     name, title, entry = "front-matter", "a README's YAML front matter", "FrontMatter"
     kinds = ("yaml",)
-    inputs = 15_000
+    inputs = 12_000
     count = 0
 
     def seeds(self) -> list[bytes]:
@@ -144,7 +144,7 @@ def require_document(data: bytes, content: Any) -> None:
 class Recipes(Target):
     name, title, entry = "recipe", "a recipe's YAML", "Recipe.load"
     kinds = ("yaml",)
-    inputs = 10_000
+    inputs = 8_000
 
     def __init__(self) -> None:
         self.folder = Folder()
@@ -214,7 +214,7 @@ class Patterns(Target):
         "patterns.fullmatching, suffix_regex_lookup",
     )
     kinds = ("json",)
-    inputs = 100_000
+    inputs = 80_000
     _NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "h.0.q", "lm_head", "a" * 40)
     _PATTERNS = (
         *(r".*\.(q|v)_proj", "q_proj", r"^model\.layers\.0", r"model\.layers\.\d+\..*", "h.0.q", "(?i)LM_HEAD", "a*"),
