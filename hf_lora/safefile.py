@@ -23,6 +23,7 @@ __all__ = [
     "Entry",
     "Header",
     "fsync_directory",
+    "is_text",
     "load_json",
     "read_bytes",
     "read_header",
@@ -130,9 +131,20 @@ def load_json(data: bytes, what: str) -> dict[str, Any]:
         if isinstance(error, LoRAFileError):
             raise
         raise LoRAFileError(f"{what} is not JSON: {error}.", value=data[:80]) from error
+    if rb"\u" in data and not is_text(found):
+        raise LoRAFileError(f"{what} has a text with half of a character, which is none.", value=data[:80])
     if not isinstance(found, dict):
         raise LoRAFileError(f"{what} is no JSON object but {type(found).__name__}.", value=data[:80])
     return found
+
+
+def is_text(found: Any) -> bool:
+    """Whether every text in a JSON value can be written again: an escape can name one half of a surrogate pair."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bad(path: Path, why: str, remedy: str = "Download or save it again.") -> LoRAFileError:

@@ -128,6 +128,39 @@ def test_a_variant_beside_factors_that_are_no_matrices(tmp_path: Path, shape: tu
         store.read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "field", [{"base_model_name_or_path": "\ud800"}, {"x\udfff": 1}, {"target_modules": ["\ud800"]}]
+)
+def test_texts_with_half_of_a_character(tmp_path: Path, field: dict[str, Any]) -> None:
+    """They were read, and could not be written."""
+    (tmp_path / store.CONFIG_NAME).write_text(json.dumps(CONFIG | field))
+    with pytest.raises(LoRAFileError, match="half of a character"):
+        store.read_config(tmp_path)
+    pair = '{"base_model_name_or_path": "\\ud83d\\udca5", "peft_type": "LORA"}'
+    (tmp_path / store.CONFIG_NAME).write_text(pair)
+    assert store.read_config(tmp_path).base_model == "💥"
+
+
+def test_a_module_path_with_half_of_a_character(tmp_path: Path) -> None:
+    shapes = {"\ud800.lora_A.weight": [2, 4], "\ud800.lora_B.weight": [3, 2]}
+    header, end = {}, 0
+    for name, (rows, columns) in shapes.items():
+        start, end = end, end + 4 * rows * columns
+        header["base_model.model." + name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / store.WEIGHTS_NAME).write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    (tmp_path / store.CONFIG_NAME).write_text(json.dumps(CONFIG))
+    with pytest.raises(LoRAFileError, match="half of a character"):
+        store.read_adapter(tmp_path)
+
+
+def test_a_text_that_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
+    value = store.from_state_dict(LoRAConfig.from_peft(CONFIG | {"base_model_name_or_path": "\ud800"}), GOOD)
+    with pytest.raises(LoRAFileError, match="half of a character"):
+        store.write_adapter(value, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_index_that_names_a_tensor_which_no_shard_has(tmp_path: Path) -> None:
     """The rest was merged and written as the whole model; loading it drew the missing tensor at random."""
     save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
