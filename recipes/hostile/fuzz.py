@@ -5,7 +5,8 @@
 Plays more than 10⁶ inputs over the targets with fixed seeds, in one process, and writes hostile.md and hostile.json:
 target × inputs × outcome. It ends with 1 if an input crashed, was taken for what it is not, or passed a bound. What is
 done is noted in --state (default: hostile.state.jsonl beside the results); a run that was stopped goes on from there,
-and --fresh begins anew. `--share 0.01` is a hundredth of the inputs. `--replay TARGET HEX` plays one finding again.
+and --fresh begins anew. `--only config base` plays these targets, and keeps the rows of the others. `--share 0.01`
+plays a hundredth of the inputs. `--replay TARGET HEX` plays one finding again.
 
 Inputs are good files and calls that are changed (by structure, text and bytes), some by hypothesis, and some guided by
 coverage where atheris is installed: `pip install atheris`, which has wheels for some Pythons alone, so that it is in
@@ -120,7 +121,7 @@ def main() -> None:
     tallies: dict[str, dict[str, Tally]] = {name: {} for name in names}
     for (name, engine, _), tally in sorted(state.done.items()):
         tallies[name].setdefault(engine, Tally()).add(tally)
-    total = report.write(options.out, tallies, about, options.seed)["total"]
+    total = report.write(options.out, tallies, about, options.seed, list(every))["total"]
     print(", ".join(f"{key} {value:,}" for key, value in total.items()))
     sys.exit(1 if any(total[outcome] for outcome in OUTCOMES[2:]) else 0)
 

@@ -76,7 +76,7 @@ def require_as_said(config: LoRAConfig, said: dict[str, Any]) -> None:
             words: dict[Any, str] = {True: "kaiming", False: "off", None: "off"}
             value = words.get(value, value) if isinstance(value, bool) or value is None else value
             value = value.lower() if isinstance(value, str) else value
-        elif hasattr(config, attribute) and not isinstance(getattr(LoRAConfig, attribute, None), property):
+        elif name in own_config.PEFT_DEFAULTS and hasattr(config, attribute):
             held = getattr(config, attribute)
             if name in _SETS and isinstance(value, list):
                 value = sorted(set(value)) if all(isinstance(item, str) for item in value) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,21 @@ ENGINES = {
 
 
 def write(
-    folder: Path, tallies: Mapping[str, Mapping[str, Tally]], about: Mapping[str, Mapping[str, str]], seed: int
+    folder: Path,
+    tallies: Mapping[str, Mapping[str, Tally]],
+    about: Mapping[str, Mapping[str, str]],
+    seed: int,
+    order: Sequence[str],
 ) -> dict[str, Any]:
-    """hostile.md and hostile.json: target × inputs × outcome. `tallies`: target -> engine -> tally."""
+    """hostile.md and hostile.json: target × inputs × outcome. `tallies`: target -> engine -> tally.
+
+    Targets that were not played now keep the rows that they have, as far as they are in `order`.
+    """
     import torch
     import transformers
 
-    rows = {}
+    old = folder / f"{NAME}.json"
+    rows = json.loads(old.read_text(encoding="utf-8"))["targets"] if old.is_file() else {}
     for name, engines in tallies.items():
         whole = Tally()
         for tally in engines.values():
@@ -44,6 +52,7 @@ def write(
             "longest_input_bytes": whole.longest,
             "findings": whole.findings,
         }
+    rows = {name: rows[name] for name in order if name in rows}
     total = {key: sum(row[key] for row in rows.values()) for key in ("inputs", *OUTCOMES)}
     found = {
         "format": 1,
