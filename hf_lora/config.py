@@ -478,6 +478,8 @@ class LoRAConfig:
                 else:
                     raise fields.wrong(name, value, 'true, false or a name such as "gaussian"')
             elif name in _OWN:
+                if value is None and name == "lora_alpha":  # PEFT cannot divide it by r; here None would mean r
+                    raise fields.wrong(name, value, "a positive number")
                 if value is None and PEFT_DEFAULTS[name] in (False, {}):
                     continue  # null for "off", where PEFT's default came later
                 own[_OWN[name]] = value

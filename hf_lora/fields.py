@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,9 @@ from .patterns import compile_pattern, is_literal
 T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
+
+
+_LARGEST = 1e18  # of a scaling; times a mixture's weight, which is bounded likewise, it is still a float32
 
 
 class FrozenMapping(Mapping[K, V]):
@@ -50,17 +54,27 @@ def wrong(name: str, value: Any, expected: str, remedy: str | None = None) -> Lo
     )
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number (no bool) that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
 def integer(name: str, value: Any, *, least: int) -> int:
     """An integer (no bool) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or not is_number(value) or value < least:
         raise wrong(name, value, "a positive integer" if least == 1 else f"an integer of at least {least}")
     return value
 
 
 def positive(name: str, value: Any) -> float:
     """A positive finite number, as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise wrong(name, value, "a positive finite number")
+    if not is_number(value) or not 0 < value <= _LARGEST:
+        raise wrong(name, value, f"a positive finite number of at most {_LARGEST:g}")
     return float(value)
 
 
@@ -199,7 +213,7 @@ def numbers(name: str, value: Any, keys: tuple[str, ...]) -> FrozenMapping[str, 
     if not isinstance(value, Mapping) or not set(value) <= set(keys):
         raise wrong(name, value, expected)
     for item in value.values():
-        if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item < float("inf"):
+        if not is_number(item) or item < 0:
             raise wrong(name, dict(value), expected)
     return FrozenMapping(value)
 

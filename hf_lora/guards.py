@@ -28,6 +28,13 @@ def require_putable(
             expected="a string that is not empty",
             remedy='Give any string, such as "task" or "org/task".',
         )
+    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise LoRANameError(
+            f"{name!r} is no name for an adapter: it holds half of a character, which no file or log can.",
+            value=name,
+            expected="text",
+            remedy='Give any other string, such as "task" or "org/task".',
+        )
     refuse_foreign(model, state, modules)
     if state is not None:
         state.require_unmerged("add_lora")

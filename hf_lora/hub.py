@@ -19,7 +19,7 @@ from .bases import is_local_path, require_hub_id
 from .errors import LoRAFileError, LoRAHubError
 from .facts import RunFacts
 from .health import require_publishable
-from .hub_errors import known_tokens, token_in, translated
+from .hub_errors import known_tokens, strange_answer, token_in, translated
 from .store import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, write_adapter
 from .values import AdapterValue
 
@@ -473,15 +473,13 @@ def list_adapters(
         found = HfApi(token=token).list_models(
             filter=f"base_model:adapter:{base}", author=author, search=search, limit=limit, sort="downloads", full=True
         )
-        return [
-            HubAdapter(
-                model.id,
-                tuple(model.tags or ()),
-                bool(model.private),
-                bool(model.gated),
-                model.downloads or 0,
-                model.likes or 0,
-                model.last_modified,
-            )
-            for model in found
-        ]
+        return [_listed(model, base) for model in found]
+
+
+def _listed(model: Any, base: str) -> HubAdapter:
+    """One of the Hub's answer. Raises `LoRAHubError` for what is no description of a repo."""
+    tags, counts = model.tags or [], (model.downloads or 0, model.likes or 0)
+    texts = [model.id, *tags] if isinstance(tags, list) else [None]
+    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+        raise strange_answer(base, f"a repo with id={model.id!r}, tags={tags!r}, downloads and likes {counts!r}")
+    return HubAdapter(model.id, tuple(tags), bool(model.private), bool(model.gated), *counts, model.last_modified)

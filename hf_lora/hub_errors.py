@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import LoRAError, LoRAHubError
 
-__all__ = ["failure", "known_tokens", "redacted", "token_in", "translated"]
+__all__ = ["failure", "known_tokens", "redacted", "strange_answer", "token_in", "translated"]
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _TOKEN_LIKE = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
@@ -75,6 +77,14 @@ class _Facts:
             return str(getattr(self.error, "response").url)  # noqa: B009  (no class of its own says that it has one)
         except (AttributeError, RuntimeError):
             return ""
+
+    @property
+    def from_the_client(self) -> bool:
+        """Whether huggingface_hub met something that it did not expect (a body of another form, endless redirects)."""
+        if isinstance(self.error, TypeError) and "keyword argument" in str(self.error):
+            return False  # the caller's mistake
+        frames = traceback.extract_tb(self.error.__traceback__)
+        return any("huggingface_hub" in Path(frame.filename).parts for frame in frames)
 
     def is_a(self, *names: str) -> bool:
         """Whether the error's class, or one it derives from, has one of these names.
@@ -266,6 +276,12 @@ _CASES = (
         "The files of {repo!r} cannot be written here: {said}",
         "Free some space, or choose a folder that you may write to: cache_dir= or HF_HUB_CACHE.",
     ),
+    _Case(
+        "strange answer",
+        lambda f: f.from_the_client,
+        "What answered for {repo!r} is not the Hub, or not as the client knows it: {said}",
+        "Check HF_ENDPOINT and the proxy; another version of huggingface_hub may understand it.",
+    ),
 )
 
 
@@ -308,6 +324,15 @@ def failure(
     return found
 
 
+def strange_answer(repo_id: str, said: str) -> LoRAHubError:
+    """The error for an answer that is well-formed and says something impossible."""
+    case = next(case for case in _CASES if case.kind == "strange answer")
+    message = case.message.format(repo=repo_id, said=said[:300])
+    error = LoRAHubError(message, name=repo_id, value=repo_id, remedy=case.remedy)
+    error.kind = case.kind
+    return error
+
+
 def _root(error: BaseException) -> BaseException:
     """What is behind the client's "not in the cache either"."""
     generic = ("LocalEntryNotFoundError", "ValueError", "RuntimeError")
@@ -331,14 +356,11 @@ def _retry_after(error: BaseException) -> float | None:
 @contextlib.contextmanager
 def translated(repo_id: str, **context: Any) -> Iterator[None]:
     """Within the block, what huggingface_hub raises becomes a `LoRAHubError`. `context` as of `failure`."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    http: type[BaseException] = HfHubHTTPError.__mro__[1]  # the HTTP library's own base class
     try:
         yield
     except LoRAError:
         raise
-    except (http, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the client's parsing of an answer raises anything
         found = failure(error, repo_id, **context)
         if found is None:
             raise

@@ -330,7 +330,7 @@ def _check_extras(config: LoRAConfig, plan: Plan, specs: Mapping[str, Spec], pro
                 problems.append(f"{name!r} is there, but the config does not set {extra.field}")
             elif "A" not in pair or "B" not in pair:
                 problems.append(f"{name!r}: {path!r} has no factors")
-            else:
+            elif min(len(specs[pair[side]][1]) for side in "AB") >= 2:  # else that is said already
                 (rank, inner, *_), (outer, *_) = specs[pair["A"]][1], specs[pair["B"]][1]
                 size = _extra_shape(part, extra.length(config, inner, outer, rank), plan.kernels.get(path, ()))
                 if shape != size or not dtype.is_floating_point:

@@ -23,6 +23,7 @@ __all__ = [
     "Entry",
     "Header",
     "fsync_directory",
+    "is_text",
     "load_json",
     "read_bytes",
     "read_header",
@@ -130,9 +131,20 @@ def load_json(data: bytes, what: str) -> dict[str, Any]:
         if isinstance(error, LoRAFileError):
             raise
         raise LoRAFileError(f"{what} is not JSON: {error}.", value=data[:80]) from error
+    if rb"\u" in data and not is_text(found):
+        raise LoRAFileError(f"{what} has a text with half of a character, which is none.", value=data[:80])
     if not isinstance(found, dict):
         raise LoRAFileError(f"{what} is no JSON object but {type(found).__name__}.", value=data[:80])
     return found
+
+
+def is_text(found: Any) -> bool:
+    """Whether every text in a JSON value can be written again: an escape can name one half of a surrogate pair."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bad(path: Path, why: str, remedy: str = "Download or save it again.") -> LoRAFileError:
@@ -175,12 +187,12 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _bad(path, f"tensor {name!r} has dtype {dtype!r}", f"Save it as one of {', '.join(list(DTYPES)[:4])}.")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if len(numbers) - len(shape) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
         raise _bad(path, f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
-    needed = DTYPES[dtype].itemsize
+    needed = DTYPES[dtype].itemsize if 0 not in shape else 0
     for dimension in shape:
-        needed *= dimension
+        needed = min(needed * dimension, 2**63)  # larger than any file: what a long shape claims is not worked out
     if offsets[1] - offsets[0] != needed:
         raise _bad(path, f"tensor {name!r} {shape} needs {needed:,} bytes but has {offsets[1] - offsets[0]:,}")
     return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])

@@ -255,6 +255,13 @@ def weights_nbytes(value: AdapterValue) -> int:
 def _contents(value: AdapterValue) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
     """The text of the config, and tensors and metadata of the weights."""
     config = layout.disk_config(value)
+    if not safefile.is_text([config.to_peft(), list(to_state_dict(value))]):
+        raise LoRAFileError(
+            "A text of the config, or a module's path, holds half of a character, which no file can.",
+            name=CONFIG_NAME,
+            value=config.base_model,
+            remedy="Set base_model, task_type, the targets and what else is text to text.",
+        )
     text = (json.dumps(config.to_peft(), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
     config = LoRAConfig.from_peft(json.loads(text))  # sort_keys may reorder patterns; what counts is what is read back
     metadata = {

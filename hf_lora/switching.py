@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,8 @@ from .model import require
 from .state import NOTHING, Active, Entry, LoRAState
 
 __all__ = ["Which", "described", "no_lora", "route_lora", "selection", "set_lora", "use_lora"]
+
+_LARGEST = 1e18  # of a weight; times a scaling, which is bounded likewise, it is still a float32
 
 Which = str | Sequence[str] | Mapping[str, float] | None
 """An adapter's name; several, each with weight 1; names with weights; or None for the base alone."""
@@ -42,12 +43,12 @@ def selection(state: LoRAState, which: Which) -> Active:
         )
     mixture: list[tuple[Entry, float]] = []
     for name, weight in pairs:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not _is_weight(weight):
             raise LoRAStateError(
                 f"Adapter {name!r} cannot have the weight {weight!r}.",
                 name=str(name),
                 value=weight,
-                expected="a finite number",
+                expected=f"a finite number from {-_LARGEST:g} to {_LARGEST:g}",
                 remedy="Give a finite number: it scales the adapter's ΔW.",
             )
         entry = state.entry(name)
@@ -69,6 +70,12 @@ def selection(state: LoRAState, which: Which) -> Active:
             remedy="Use it alone, with weight 1.",
         )
     return Active(tuple(mixture)) if mixture else NOTHING
+
+
+def _is_weight(weight: Any) -> bool:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        return False
+    return -_LARGEST <= weight <= _LARGEST
 
 
 def described(active: Active) -> Any:

@@ -19,7 +19,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _weight(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if not fields.is_number(value) or value < 0:
         raise fields.wrong(name, value, "a number of 0 or more")
     return float(value)
 

@@ -56,6 +56,8 @@ NOT_CORE = {
     "test_facts.py",
     "test_file_faults.py",  # files and processes
     "test_functional.py",
+    "test_fuzz.py",
+    "test_fuzz_cases.py",
     "test_fused.py",
     "test_gguf.py",
     "test_golden.py",  # files

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelInfo
 from loras import bits, logits, randomise
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -832,6 +832,15 @@ def test_a_full_disk_is_said(hub, trained, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.file_download._chmod_and_move", full)
     pull_fails(hub, "disk")
+
+
+def test_an_answer_that_the_client_cannot_read():
+    """More of them are in test_fuzz_cases.py."""
+    with pytest.raises(LoRAHubError, match="not the Hub") as refused, hub_errors.translated("me/task"):
+        ModelInfo(sha="x")
+    assert refused.value.kind == "strange answer"
+    with pytest.raises(KeyError), hub_errors.translated("me/task"):  # not the client's
+        {}["id"]
 
 
 def test_every_kind_is_shown_by_a_test_here():

@@ -44,7 +44,7 @@ def base_of(adapters: Path | None) -> str:
         try:
             text = (folder / "adapter_config.json").read_text(encoding="utf-8")
             base = json.loads(text).get("base_model_name_or_path")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue  # the library says what is wrong with it
         if isinstance(base, str) and base:
             named.setdefault(base, []).append(folder.name)

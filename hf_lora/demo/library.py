@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from .. import hub, store
 from ..bases import is_hub_id
 from ..errors import LoRAError
 from ..fitting import make_plan
-from ..hub_errors import translated
+from ..hub_errors import strange_answer, translated
 from ..inspection import AdapterInfo, inspect
 from ..loading import require_same_base
 from ..pool.sources import Source
@@ -254,7 +255,11 @@ def _at(repo_id: str) -> tuple[str, dict[str, int]]:
         info = HfApi(token=False).model_info(repo_id, files_metadata=True)
     if info.gated or info.private or info.sha is None:
         raise DemoError(f"{repo_id} is gated, so it cannot be loaded here.")
-    return info.sha, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    sizes = [(sibling.rfilename, sibling.size or 0) for sibling in info.siblings or ()]
+    commit = isinstance(info.sha, str) and re.fullmatch(r"[0-9a-f]{40}", info.sha) is not None
+    if not commit or not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in sizes):
+        raise strange_answer(repo_id, f"the commit {info.sha!r} with files {sizes!r}")
+    return info.sha, dict(sizes)
 
 
 def _cached(repo_id: str) -> str:

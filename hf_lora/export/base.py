@@ -142,8 +142,17 @@ def open_base(name: str, *, revision: str | None = None, **options: Any) -> Base
         )
     config = safefile.load_json(safefile.read_bytes(path, most=_LARGEST_JSON), str(path))
     _refuse_quantised(name, config)
-    shards = _shards(name, folder, fetch)
-    return BaseFiles(name, folder, config, _tensors([fetch(shard) for shard in shards]))
+    files, named = _shards(name, folder, fetch)
+    tensors = _tensors([fetch(file) for file in files])
+    missing = sorted(named - tensors.keys())
+    if missing:
+        raise LoRAFileError(
+            f"{folder / INDEX} names {len(missing)} tensors that none of its files has: {', '.join(missing[:5])}.",
+            name=INDEX,
+            value=missing,
+            remedy="Download the base again: one of its files is another version's.",
+        )
+    return BaseFiles(name, folder, config, tensors)
 
 
 def config_of(name: str) -> Any:
@@ -183,9 +192,10 @@ def _refuse_quantised(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def _shards(name: str, folder: Path, fetch: Callable[[str], Path]) -> list[str]:
+def _shards(name: str, folder: Path, fetch: Callable[[str], Path]) -> tuple[list[str], set[str]]:
+    """The files of the weights, and the tensors that an index says are in them (none where there is no index)."""
     if (folder / SINGLE).is_file():
-        return [SINGLE]
+        return [SINGLE], set()
     if not (folder / INDEX).is_file():
         others = sorted({path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern)})
         raise LoRAUnsupportedError(
@@ -204,7 +214,7 @@ def _shards(name: str, folder: Path, fetch: Callable[[str], Path]) -> list[str]:
         for shard in names
     ):
         raise LoRAFileError(f"{path} does not map tensors to safetensors files beside it.", name=INDEX, value=names[:3])
-    return sorted(set(names))
+    return sorted(set(names)), set(weight_map or ())
 
 
 def _tensors(files: list[Path]) -> dict[str, Stored]:

@@ -67,9 +67,11 @@ def faults(model: nn.Module, folder: Path, *, weights_only: bool = False) -> lis
 
 def _state_is_whole(folder: Path) -> bool:
     try:
-        return "global_step" in json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return isinstance(step, int) and not isinstance(step, bool) and step >= 0
 
 
 def _is_whole(path: Path) -> bool:

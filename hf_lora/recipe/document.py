@@ -142,8 +142,13 @@ def _copied(value: Any) -> Any:
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST + 1:  # here already: the reader's time grows with the square of what is open
+                place = f"{name}, line {event.start_mark.line + 1}"
+                raise RecipeError(f"{place}: more than {_DEEPEST} levels inside each other.", name="recipe")
             if getattr(event, "anchor", None):  # an alias names one too
                 line = event.start_mark.line + 1
                 raise RecipeError(

@@ -164,7 +164,7 @@ def _is_whole(checkpoint: Path, step: int) -> bool:
     """Trainer writes its state last of all."""
     try:
         return bool(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"] == step)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

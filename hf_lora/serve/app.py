@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoRAUnsupportedError
+from ..errors import LoRAConfigError, LoRAUnsupportedError
 from .ingress import Ingress
 from .settings import LEAST, Base, Settings
 
@@ -70,7 +70,7 @@ def build(
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,
         max_body_bytes=max_body_bytes,
-        pool_options=dict(pool_options or {}),
+        pool_options={} if pool_options is None else pool_options,
     )
     _require_ray()
     from ray import serve
@@ -90,9 +90,21 @@ def app(args: Mapping[str, Any]) -> Application:
         args: those of `build`, numbers also as text; num_cpus and num_gpus are of each replica.
     """
     given = {name: _number(value) if name in _NUMBERS else value for name, value in args.items()}
+    for name in ("base", "source"):
+        if name not in given:
+            raise LoRAConfigError(f"{name} is missing.", name=name, remedy=f"Write {name}=….")
     resources = {name: given.pop(name) for name in ("num_cpus", "num_gpus") if name in given}
     if resources:
-        given["ray_actor_options"] = {**given.get("ray_actor_options", {}), **resources}
+        options = given.get("ray_actor_options") or {}
+        if not isinstance(options, Mapping):
+            raise LoRAConfigError(
+                f"ray_actor_options={options!r} is impossible for a deployment.",
+                name="ray_actor_options",
+                value=options,
+                expected="a mapping",
+                remedy="Write it as Ray does.",
+            )
+        given["ray_actor_options"] = {**options, **resources}
     return build(**given)
 
 

@@ -54,22 +54,32 @@ class Settings:
     pool_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not (callable(self.base) or (isinstance(self.base, str | os.PathLike) and os.fspath(self.base))):
+            raise _impossible("base", self.base, "an id, a folder, or a function that makes model and tokenizer")
+        if self.name is not None and not isinstance(self.name, str):
+            raise _impossible("name", self.name, "a string")
+        if not isinstance(self.pool_options, Mapping):
+            raise _impossible("pool_options", self.pool_options, "a mapping of LoRAPool's arguments")
         for name, least in LEAST.items():
             value = getattr(self, name)
             kinds = (int, float) if name == "batch_wait_timeout_s" else (int,)
             if value is None and name == "max_prompt_tokens":
                 continue
             if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
-                raise LoRAConfigError(
-                    f"{name}={value!r} is impossible for a deployment.",
-                    name=name,
-                    value=value,
-                    expected=f"{'a number' if float in kinds else 'an integer'}, at least {least}",
-                    remedy=f"Give another {name}.",
-                )
+                raise _impossible(name, value, f"{'a number' if float in kinds else 'an integer'}, at least {least}")
 
     @property
     def limits(self) -> Limits:
         """What the ingress has to know."""
         name = self.name if self.name is not None or callable(self.base) else os.fspath(self.base)
         return Limits(name, self.max_new_tokens, self.max_body_bytes)
+
+
+def _impossible(name: str, value: object, expected: str) -> LoRAConfigError:
+    return LoRAConfigError(
+        f"{name}={value!r} is impossible for a deployment.",
+        name=name,
+        value=value,
+        expected=expected,
+        remedy=f"Give another {name}.",
+    )
