@@ -42,7 +42,7 @@ def adapters_below(folder: str | os.PathLike[str]) -> list[FolderAdapter]:
         LoRAFileError: there is no such folder.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise LoRAFileError(f"{str(root)!r} is no folder.", name=str(root), value=str(root), remedy="Check the path.")
     return sorted((_look(root, found) for found in _folders(root)), key=lambda adapter: adapter.path)
 

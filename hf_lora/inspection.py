@@ -224,9 +224,9 @@ def _folder(
     source: PathLike, subfolder: str | None, revision: str | None, allow_pickle: bool, options: Mapping[str, Any]
 ) -> tuple[Path, str | None]:
     name, options = os.fspath(source), {key: value for key, value in options.items() if value is not None}
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         folder = Path(name) / (hub.checked_subfolder(subfolder) or "")
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise LoRAFileError(
                 f"{folder} does not exist.",
                 name=str(folder),
@@ -234,7 +234,7 @@ def _folder(
                 remedy="Check --subfolder.",
             )
         return folder, None
-    if Path(name).exists():
+    if os.path.exists(name):
         raise LoRAFileError(
             f"{name!r} is a file; an adapter is a folder with {store.CONFIG_NAME}.",
             name=name,

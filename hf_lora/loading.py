@@ -57,7 +57,7 @@ def read_source(source: PathLike, *, allow_pickle: bool = False, **options: Any)
     """
     options = {key: value for key, value in options.items() if value is not None}
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if "revision" in options:
             raise LoRAFileError(
                 f"{os.fspath(source)!r} is a folder here, and a folder has no revision {options['revision']!r}.",
@@ -66,7 +66,7 @@ def read_source(source: PathLike, *, allow_pickle: bool = False, **options: Any)
                 remedy="Leave revision out; to load the repo of that name, pass LoRAAdapter.pull(...).",
             )
         return store.read_adapter(folder / options.get("subfolder", ""), allow_pickle=allow_pickle)
-    if folder.exists():
+    if os.path.exists(folder):
         raise LoRAFileError(
             f"{os.fspath(source)!r} is a file; an adapter is a folder with {store.CONFIG_NAME}.",
             name=os.fspath(source),
@@ -113,7 +113,7 @@ def load_lora(
     else:
         value = read_source(source, allow_pickle=allow_pickle, **options)
         folder = Path(source)
-        called = folder.resolve().name if folder.is_dir() else os.fspath(source)
+        called = folder.resolve().name if os.path.isdir(folder) else os.fspath(source)
         if options.get("subfolder"):
             called = f"{called}/{options['subfolder'].strip('/')}"
     name = called if name is None else name

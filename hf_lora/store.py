@@ -134,8 +134,8 @@ def _read(folder: Path, allow_pickle: bool) -> AdapterValue:
 
 def _folder(directory: str | os.PathLike[str]) -> Path:
     folder = Path(directory)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
         raise LoRAFileError(
             f"{folder} {what}; an adapter is a folder.",
             name=str(folder),

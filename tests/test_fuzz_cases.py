@@ -300,3 +300,33 @@ def hub_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
     yield says
     set_client_factory(_http.default_client_factory)
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "é" * 5_000],
+        ["list", "é" * 5_000],
+        ["merge", "é" * 5_000, "out"],
+        ["push", "é" * 5_000, "me/task"],
+        ["import", "mlx", "é" * 5_000, "out"],
+        ["import", "mlx", "x", "é" * 5_000],
+        ["analyze", "é" * 5_000, "é" * 5_000],
+        ["train", "é" * 5_000],
+    ],
+)
+def test_names_that_are_longer_than_any_files(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from hf_lora import cli
+
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, arguments, env={"HF_HUB_OFFLINE": "1"})
+    assert result.exit_code == 2
+    assert "Error" in result.output
+    assert "Unexpected" not in result.output

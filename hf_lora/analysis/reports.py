@@ -227,9 +227,9 @@ def _another(one: str | None, other: str | None) -> bool:
 
 def check_target(target: Path) -> None:
     """Raise `LoRAFileError` where no file can be written: a folder, or in no folder."""
-    if target.is_dir():
+    if os.path.isdir(target):
         raise _unwritable(target, "it is a folder")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise _unwritable(target, f"{target.parent} is no folder")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def gguf(
     from ..errors import LoRAFileError
     from ..export import to_gguf
 
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:
         raise LoRAFileError(
             f"{str(out)!r} exists.",
             name="OUT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,7 +165,7 @@ def refuse_adapter_in(folder: Path, force: bool) -> None:
     from ..errors import LoRAFileError
     from ..store import CONFIG_NAME
 
-    if (folder / CONFIG_NAME).exists() and not force:
+    if os.path.exists(folder / CONFIG_NAME) and not force:
         raise LoRAFileError(
             f"{str(folder)!r} holds an adapter.",
             name="OUT",

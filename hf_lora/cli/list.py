@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ def list_(
 
     Example: `hf-lora list HuggingFaceTB/SmolLM2-135M-Instruct --search sql` and `hf-lora list runs`
     """
-    local = Path(where).is_dir() or where.startswith((".", "/", "~"))
+    local = os.path.isdir(where) or where.startswith((".", "/", "~"))
     with stdout_is_ours():
         if local:
             if author or search:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import Annotated, Any
 
 import typer
@@ -83,7 +83,7 @@ def _config(model: str) -> Any:
     from ..planning.skeleton import read_config
     from ..quickstart import base as known
 
-    if model == known.HUB_ID and not Path(model).exists():
+    if model == known.HUB_ID and not os.path.exists(model):
         loading = known.find_base().loading
         return read_config(loading.pop("pretrained_model_name_or_path"), **loading)
     return read_config(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def pull(
     from ..store import CONFIG_NAME
 
     folder = out or Path((subfolder or repo).rstrip("/").rpartition("/")[2])
-    if (folder / CONFIG_NAME).exists() and not force:
+    if os.path.exists(folder / CONFIG_NAME) and not force:
         raise LoRAFileError(
             f"{str(folder)!r} holds an adapter.",
             name="--out",

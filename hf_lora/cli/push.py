@@ -53,7 +53,7 @@ def push(
     from ..facts import RunFacts
     from ..hub import CARD_NAME
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LoRAFileError(
             f"{str(folder)!r} is no folder.", name="FOLDER", value=str(folder), remedy="Give the adapter's folder."
         )

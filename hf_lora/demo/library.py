@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -274,7 +275,7 @@ def _order(adapter: Adapter) -> tuple[int, str]:
 
 def adapters_in(folder: Path) -> list[Path]:
     """The folders in it that hold an adapter. Raises `DemoError` if there are none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DemoError(f"{str(folder)!r} is no folder.", name="adapters", value=str(folder))
     found = sorted(path for path in folder.iterdir() if (path / "adapter_config.json").is_file())
     if not found:

@@ -16,9 +16,9 @@ __all__ = ["appearing", "refuse_out"]
 
 def refuse_out(out: Path) -> None:
     """Raise `LoRAFileError` unless a folder can appear there: nothing there yet, or an empty one."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
         raise LoRAFileError(f"{out} is not a folder.", name=str(out), value=str(out), remedy="Give another folder.")
-    if out.is_dir() and any(out.iterdir()):
+    if os.path.isdir(out) and any(out.iterdir()):
         raise LoRAFileError(
             f"{out} is not empty.",
             name=str(out),

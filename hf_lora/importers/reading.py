@@ -25,9 +25,9 @@ _LARGEST_CONFIG = 16 * 2**20  # bytes, as of an adapter's own config
 def file_in(source: str | os.PathLike[str], *names: str) -> Path:
     """The first of `names` that the folder `source` has."""
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LoRAFileError(
-            f"{folder} {'is a file' if folder.exists() else 'does not exist'}; a folder is wanted.",
+            f"{folder} {'is a file' if os.path.exists(folder) else 'does not exist'}; a folder is wanted.",
             name=str(folder),
             value=str(folder),
             remedy=f"Give the folder that holds {names[0]}.",

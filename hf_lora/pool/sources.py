@@ -52,7 +52,7 @@ class Source:
             self._locate = lambda adapter_id: _looked_up(source, adapter_id)
         elif isinstance(source, (str, os.PathLike)):
             root = Path(source)
-            if not root.is_dir():
+            if not os.path.isdir(root):
                 raise LoRAConfigError(
                     f"source={os.fspath(source)!r} is no folder.",
                     name="source",
@@ -89,7 +89,7 @@ class Source:
                 expected="a path, a repo's id or an adapter",
             )
         folder = Path(place)
-        if not folder.exists():
+        if not os.path.exists(folder):
             if self.max_bytes is not None:
                 self._refuse(adapter_id, 0, hub.weights_size(os.fspath(place), **self._options) or 0, _HEADERS)
             folder = hub.fetch(os.fspath(place), allow_pickle=self._allow_pickle, **self._options)
@@ -100,7 +100,7 @@ class Source:
 
     def _check_files(self, adapter_id: str, folder: Path) -> int:
         """Refuse from the config and the weights' header what is too large; the bytes of the weights."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             return 0  # read_source says it better
         config = store.read_config(folder)
         ranks = [config.r, *config.rank_pattern.values()]
@@ -159,7 +159,7 @@ def _inside(root: Path, adapter_id: str) -> Path:
             expected='such as "task" or "org/task"',
             remedy="Name a folder below the pool's source.",
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LoRANameError(
             f"The pool's source {str(root)!r} has no adapter {adapter_id!r}.",
             name=adapter_id,

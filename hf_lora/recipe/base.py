@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def find(base: Base, data: Data) -> Found:
 
     package: known.Base | None = None
     name, revision, folder = base.model, base.revision, Path(base.model).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         name = base.id or str(folder.resolve())
         loading: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
         origin = str(folder)
@@ -114,7 +115,7 @@ def find(base: Base, data: Data) -> Found:
                 value=revision,
                 remedy="Leave it out.",
             )
-    elif base.model.startswith((".", "~", "/")) or folder.is_file():
+    elif base.model.startswith((".", "~", "/")) or os.path.isfile(folder):
         raise BaseNotFoundError(
             f"base.model: {base.model!r} is no folder.",
             name="base.model",

@@ -74,9 +74,9 @@ class RunFolder:
 
     def look(self) -> dict[str, Any] | None:
         """The record in the folder, whatever recipe it is of. Writes nothing. Raises `RunFolderError`."""
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise self._unusable("is a file")
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return None
         try:
             record = read_json(self.path / RECORD)
