@@ -132,5 +132,5 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """model_type → what its small config needs besides the names of its fields: "start" (keywords that the default config
 itself needs), "fields" (written over the small ones, nested as the config is), "drop", "sections" (of mrope), "class"
-(tried first), "skip" (why it is not run), "seed" (of the weights), and "inputs" of the forward, from its maker and what is given already (None: not
-given)."""
+(tried first), "skip" (why it is not run), "seed" (of the weights), and "inputs" of the forward, from its maker and what
+is given already (None: not given)."""
