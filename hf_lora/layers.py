@@ -86,7 +86,7 @@ class LoRAHeads(nn.Module):
         self.copies = nn.ModuleDict()
 
     def forward(self, x: Any) -> Any:
-        """x itself: an `nn.Sequential` that is trained whole runs all of its children, this one last."""
+        """Give x itself: an `nn.Sequential` that is trained whole runs all of its children, this one last."""
         return x
 
     def put(self, index: int, copy: nn.Module, *, trainable: bool) -> None:
