@@ -44,6 +44,8 @@ def build(model_type: str, say: Any = None) -> Built:
     """A small model, fed once. Raises CannotBuild."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if skip := EXCEPTIONS.get(model_type, {}).get("skip"):
+        raise CannotBuild(skip)
     found, first = classes(model_type), EXCEPTIONS.get(model_type, {}).get("class")
     found.sort(key=lambda of: of.__name__ != first)
     if not found:

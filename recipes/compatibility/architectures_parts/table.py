@@ -123,10 +123,14 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "nemotron": {"fields": {"num_key_value_heads": 2}},
     "neomme": {"fields": {"head_dim": 16}},
     "oneformer": {"inputs": lambda m, _: {"task_inputs": m.ids(m.config.task_seq_len)}},
+    "reformer": {
+        "skip": "its reversible layers give an adapter gradients in training mode alone, with all dropouts on"
+    },
     "seggpt": {"inputs": lambda m, _: {"prompt_pixel_values": m.image(), "prompt_masks": m.image()}},
+    "xcodec": {"skip": "its output is made of codes: no gradient reaches a layer before them"},
     "xmod": {"start": {"default_language": "en_XX"}},
 }
 """model_type → what its small config needs besides the names of its fields: "start" (keywords that the default config
 itself needs), "fields" (written over the small ones, nested as the config is), "drop", "sections" (of mrope), "class"
-(tried first), "seed" (of the weights), and "inputs" of the forward, from its maker and what is given already (None: not
-given)."""
+(tried first), "skip" (why it is not run), "seed" (of the weights), and "inputs" of the forward, from its maker and what
+is given already (None: not given)."""

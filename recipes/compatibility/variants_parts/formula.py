@@ -51,7 +51,11 @@ def written_out(base: nn.Module, adapters: Mapping[Path, float] | Iterable[Path]
         if config.get("layer_replication"):
             _repeat(into, config["layer_replication"])
             base = into
+        buffers = dict(into.named_buffers())
         for path, value in whole.items():
+            if path in buffers:
+                buffers[path].copy_(value)
+                continue
             change = weight * (value.double() - base.get_parameter(path).double())
             into.get_parameter(path).data += change
         if config.get("alora_invocation_tokens"):
