@@ -279,7 +279,7 @@ def _write(model: nn.Module, state: LoRAState, entry: Entry, value: AdapterValue
     held = held and kept
     room = reserved(model)
     if room is not None:
-        for path in entry.record.experts:
+        for path in _places_of(value)[1]:
             for bank in plan.modules[path].lora_slots.banks().values():  # type: ignore[union-attr, operator]
                 bank.reserve_experts(room.slots, room.rank)
     for path, factors in value.factors.items():
