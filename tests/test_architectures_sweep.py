@@ -35,7 +35,7 @@ KINDS = (  # a row of each kind, run again here
     "llava",
     "mamba",
     "qwen3_next",
-    "mask2former",
+    "segformer",
 )
 OPEN = {"videoprism_vision_model"}  # at step 0 a last bit of its pooling head's output is another one
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
