@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from hf_lora import LoRAAdapter, LoRAConfig, extras, forms
 from hf_lora.inits import INITS
 from hf_lora.loading import load_checkpoint
+from hf_lora.values import Factors
 
 CURRENT = "1"  # the version of the format that is written now
 FOLDERS = sorted(path.parent for path in HERE.glob("[0-9]*/*/expected.json"))
@@ -66,10 +67,17 @@ def test_it_is_read_and_computes_what_it_did(adapter: Path, fresh: Any) -> None:
         if kind.shown == "layers":
             found = _given(model.get_submodule(path), len(expected))
         else:
-            layer = model.get_submodule(path)
-            weight = layer.weight.detach().numpy() + value.factors[path].delta().double().numpy()
+            weight = _weight(model, path).detach().numpy() + value.factors[path].delta().double().numpy()
             found = weight @ formula.probe(weight.shape[1], "linear")
         assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max(), path
+
+
+def _weight(model: Any, path: str) -> Any:
+    name, _, expert = path.removesuffix("]").partition("[")
+    if expert:
+        return model.get_parameter(name)[int(expert)]
+    layer = model.get_submodule(path)
+    return layer.in_proj_weight if hasattr(layer, "in_proj_weight") else layer.weight
 
 
 def _given(layer: Any, size: int) -> Any:
@@ -78,6 +86,9 @@ def _given(layer: Any, size: int) -> Any:
             return layer(torch.zeros(1, size, dtype=torch.float64))[0].numpy()  # the bias alone
         if isinstance(layer, torch.nn.Embedding):
             return layer(torch.tensor([[3]]))[0, 0].numpy()
+        if isinstance(layer, torch.nn.Conv2d):
+            patch = layer.weight.shape[1:]
+            return layer(torch.from_numpy(formula.probe(patch.numel(), "linear")).view(1, *patch)).flatten().numpy()
         rows = layer.weight.shape[0] if type(layer).__name__.endswith("Conv1D") else layer.weight.shape[1]
         found = layer(torch.from_numpy(formula.probe(rows, "linear"))[None, None])
     assert found.shape == (1, 1, size)
@@ -136,9 +147,12 @@ def test_every_kind_in_the_tables_has_a_golden_adapter() -> None:
         for field in (
             *("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"),
             *("alora_invocation_tokens", "use_rslora", "fan_in_fan_out"),
+            *("target_parameters", "trainable_token_indices"),
         )
         if not any(getattr(config, field) for config in configs)
     }
+    pairs = {pair.kind for adapter in ADAPTERS for pair in LoRAAdapter.load(adapter).factors.values()}
+    missing |= set(get_args(get_type_hints(Factors)["kind"])) - pairs
     assert not missing, f"add rows to tests/golden/kinds.py, then: python tests/golden/write.py {CURRENT}"
     assert {config.bias for config in configs} == {"none", "all", "lora_only"}
 

@@ -27,6 +27,7 @@ _PARTS = {
     "lora_diag": "sigma",
     "lora_B.bias": "beta",
 }
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _TRAINING = re.compile(r"\.lora_(velora|monteclora)")  # what only a training reads
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8"}
 _NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
@@ -135,12 +136,18 @@ def outputs(folder: Path, weight: Any) -> dict[str, list[float]]:
             whole[key.replace(".base_layer.", ".")] = tensor
         else:
             raise KeyError(f"{key}: no formula is written down for it")
-    paths = {*layers, *(key.rpartition(".")[0] for key in whole if not key.startswith("model.embed_tokens"))}
+    layers = _unnested(layers, config)
+    rows = {key.removesuffix(_ROWS): whole.pop(key) for key in list(whole) if key.endswith(_ROWS)}
+    paths = {*layers, *rows, *(key.rpartition(".")[0] for key in whole if not key.startswith("model.embed_tokens"))}
     found = {}
     for path in sorted(paths):
         kind, W, b = weight(path)
         W = whole.get(f"{path}.weight", W) if path not in layers else W
         b = whole.get(f"{path}.bias", b)
+        W = W.reshape(len(W), -1) if W.ndim > 2 else W
+        if path in rows:
+            W = W.copy()
+            W[config["trainable_token_indices"]] = rows[path]
         if W.ndim == 1:  # a norm: its bias alone can be trained
             found[path] = b.tolist()
             continue
@@ -150,6 +157,28 @@ def outputs(folder: Path, weight: Any) -> dict[str, list[float]]:
             b = b if added is None else added + (0 if b is None else b)
         y = W @ probe(W.shape[1], kind)
         found[path] = (y if b is None else y + b).tolist()
+    return found
+
+
+def _unnested(layers: dict[str, dict[str, Array]], config: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+    """Pairs under the names of what they change; those of a parameter's experts one by one.
+
+    PEFT wraps a module once for each of its parameters: the innermost is the first. It adds the change of an
+    nn.MultiheadAttention's out_proj twice.
+    """
+    found = {}
+    for path, parts in layers.items():
+        module, depth = re.sub(r"(\.base_layer)+$", "", path), len(re.findall(r"\.base_layer(?=\.|$)", path))
+        if module.endswith(".experts"):
+            name = ("down_proj", "gate_up_proj")[depth]
+            r = config["r"]
+            A = parts["A"].reshape(-1, r, parts["A"].shape[1])
+            B = parts["B"].reshape(len(parts["B"]), r, -1)
+            found |= {f"{module}.{name}[{e}]": {"A": A[e], "B": B[:, :, e]} for e in range(len(A))}
+        elif path.endswith(".base_layer.out_proj"):
+            found[path.replace(".base_layer.", ".")] = {**parts, "B": 2 * parts["B"]}
+        else:
+            found[path] = {key: part.reshape(len(part), -1) if part.ndim > 2 else part for key, part in parts.items()}
     return found
 
 

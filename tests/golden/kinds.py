@@ -22,6 +22,21 @@ BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2LMHeadModel",
         {**_IDS, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 24},
     ),
+    "vit": (
+        "ViTConfig",
+        "ViTModel",
+        {**_SIZES, "image_size": 8, "patch_size": 4, "num_channels": 2},
+    ),
+    "siglip": (
+        "SiglipVisionConfig",
+        "SiglipVisionModel",
+        {**_SIZES, "image_size": 8, "patch_size": 4, "num_channels": 2},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_SIZES, **_IDS, "vocab_size": 24, "num_key_value_heads": 1, "num_local_experts": 3, "intermediate_size": 8},
+    ),
     "bert": (
         "BertConfig",
         "BertForSequenceClassification",
@@ -123,7 +138,8 @@ class Kind:
         write: writes it into a folder.
         data: whether its initialisation reads data.
         shown: how what it computes is compared: "layers", each by itself; "delta", its ΔW alone (aLoRA, which acts on a
-            part of the tokens; repeated layers, which no single layer stands for).
+            part of the tokens; repeated layers, which no single layer stands for; experts and nn.MultiheadAttention, whose
+            weights are no layer's).
     """
 
     base: str = "llama"
@@ -165,6 +181,14 @@ KINDS: dict[str, Kind] = {
     "qalora": Kind(config={**_QV, "use_qalora": True, "qalora_group_size": 4}),
     "alora": Kind(config={**_QV, "alora_invocation_tokens": [5, 6]}, shown="delta"),
     "checkpoint": Kind(config=_QV, write=checkpoint),
+    "convolution": Kind("vit", {"target_modules": ["projection"]}),
+    "multihead attention": Kind("siglip", {"target_modules": ["head.attention"]}, shown="delta"),
+    "experts": Kind(
+        "mixtral",
+        {"target_modules": ["q"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        shown="delta",
+    ),
+    "tokens": Kind(config={**_QV, "trainable_token_indices": [3, 7]}),
     **{
         f"init {name}": Kind(config={**_QV, "init": name}, data=name in ("eva", "lora_ga", "corda"))
         for name in (

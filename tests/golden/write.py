@@ -30,10 +30,16 @@ def expected(kind: kinds.Kind, folder: Path) -> dict[str, Any]:
     def weight(path: str) -> Any:
         if kind.config.get("layer_replication"):
             path = path.replace("layers.1.", "layers.0.")
+        path, _, expert = path.removesuffix("]").partition("[")
+        if expert:
+            return "linear", model.get_parameter(path).detach().double().numpy()[int(expert)], None
         layer = model.get_submodule(path)
         name = {"Embedding": "embedding", "Conv1D": "conv1d"}.get(type(layer).__name__, "linear")
         bias = getattr(layer, "bias", None)
-        return name, layer.weight.detach().double().numpy(), None if bias is None else bias.detach().double().numpy()
+        stored = getattr(layer, "in_proj_weight", getattr(layer, "weight", None))
+        if kind.shown == "delta":
+            bias = None
+        return name, stored.detach().double().numpy(), None if bias is None else bias.detach().double().numpy()
 
     found = {}
     for adapter in kinds.adapters(folder):
