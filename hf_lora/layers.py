@@ -86,10 +86,6 @@ class LoRAHeads(nn.Module):
         self.state, self.row_map = state, row_map
         self.copies = nn.ModuleDict()
 
-    def forward(self, x: Any) -> Any:
-        """Give x itself: an `nn.Sequential` that is trained whole runs all of its children, this one last."""
-        return x
-
     def put(self, index: int, copy: nn.Module, *, trainable: bool) -> None:
         """Hold one adapter's copy."""
         for parameter in copy.parameters():

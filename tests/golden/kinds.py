@@ -138,8 +138,8 @@ class Kind:
         write: writes it into a folder.
         data: whether its initialisation reads data.
         shown: how what it computes is compared: "layers", each by itself; "delta", its ΔW alone (aLoRA, which acts on a
-            part of the tokens; repeated layers, which no single layer stands for; experts and nn.MultiheadAttention, whose
-            weights are no layer's).
+            part of the tokens; repeated layers, which no single layer stands for; experts and nn.MultiheadAttention,
+            whose weights are no layer's).
     """
 
     base: str = "llama"
