@@ -452,8 +452,8 @@ def harmless(found: dict[str, Any]) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_few_kills_of_saves_and_pushes() -> None:
-    found = killed("--kills", "16", "--only", "save", "push")
-    assert sum(found["operations"][name]["kills"] for name in ("save", "push")) == 16
+    found = killed("--kills", "12", "--only", "save", "push")
+    assert sum(found["operations"][name]["kills"] for name in ("save", "push")) == 12
     assert harmless(found)
 
 
