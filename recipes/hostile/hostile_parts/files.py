@@ -399,6 +399,9 @@ _ADALORA = {
 }
 _THREE = {"h.0.q.lora_A": (2, 4), "h.0.q.lora_B": (3, 2), "h.0.q.lora_E": (2, 1)}
 
+_KOHYA_PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+_KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
 # Importer -> (file names of its input, good inputs, how it is called with the folder). An importer that is not here is
 # given a folder with PEFT's two names, and files of nobody's: see `table`.
 _FORMATS: dict[str, tuple[tuple[str, ...], list[bytes], Any]] = {
@@ -416,6 +419,28 @@ _FORMATS: dict[str, tuple[tuple[str, ...], list[bytes], Any]] = {
         ("adapter_config.json", "adapter_model.safetensors"),
         [pack(json.dumps(_ADALORA).encode(), good.weights(_THREE))],
         lambda folder: importers.from_adalora(folder),
+    ),
+    "from_diffusion": (
+        ("adapter.safetensors",),
+        [
+            good.weights(
+                {
+                    f"{_KOHYA}.lora_down.weight": (2, 4),
+                    f"{_KOHYA}.lora_up.weight": (3, 2),
+                    f"{_KOHYA}.alpha": (),
+                },
+                prefix="",
+            ),
+            good.weights(
+                {"unet.mid_block.conv.lora_A.weight": (2, 4, 3, 3), "unet.mid_block.conv.lora_B.weight": (3, 2, 1, 1)},
+                prefix="",
+            ),
+            good.weights(
+                {"unet.a.to_q.lora.down.weight": (2, 4), "unet.a.to_q.lora.up.weight": (3, 2)},
+                prefix="",
+            ),
+        ],
+        lambda folder: next(iter(importers.from_diffusion(folder / "adapter.safetensors").components.values())),
     ),
     "from_loralib": (
         ("adapter.safetensors",),
@@ -481,6 +506,11 @@ class Importer(Target):
                     ((n, f"{n[:-1]}B") for n in (f"{path}.lora_A", f"module.{path}.lora_A") if n in file), ("", "")
                 )
                 scaling = 3 / pair.rank
+            elif path == _KOHYA_PATH and f"{_KOHYA}.alpha" in file:
+                names = (f"{_KOHYA}.lora_down.weight", f"{_KOHYA}.lora_up.weight")
+                if file[f"{_KOHYA}.alpha"][0] != "F32":
+                    continue
+                scaling = float(np.frombuffer(file[f"{_KOHYA}.alpha"][2], "<f4")[0]) / pair.rank
             else:
                 continue
             if any(name not in file or file[name][0] != "F32" for name in names):
