@@ -25,7 +25,6 @@ class Checkpoint(Operation):
     """
 
     name = "checkpoint"
-    share = 2
     reads_forked, settles = True, False  # the run that goes on saves step 4 again: see `judge`
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
