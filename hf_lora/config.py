@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from . import fields, initnames, tokenfields, variantfields
 from .errors import LoRAConfigError, LoRAUnsupportedError
-from .expertnames import parameter_of
+from .expertnames import expert_of, parameter_of
 from .fields import FrozenMapping
 from .patterns import suffix_regex_lookup
 
@@ -375,7 +375,7 @@ class LoRAConfig:
     def resolve(self, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
         """(rank, alpha) of every path: as `rank_for` and `alpha_for`, all at once, which is faster."""
         paths = list(paths)
-        if any(path.endswith("]") for path in paths):
+        if any(expert_of(path) for path in paths):
             found = self.resolve(dict.fromkeys(map(parameter_of, paths)))
             return {path: found[parameter_of(path)] for path in paths}
         alpha = float(self.r) if self.alpha is None else self.alpha

@@ -74,7 +74,7 @@ _SCRATCH = re.compile(
 )
 _TOKENS = re.compile(rf"(.+)\.{re.escape(ROWS)}(?:\.([^.]+))?")  # with or without the adapter's name
 _WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")  # names inside PEFT's wrapper of a head
-_BAD_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^\.|\.\.|\.$|^$|^[A-Za-z]:")
+_BAD_NAME = re.compile(r"[/\\\[\]\x00-\x1f\x7f]|^\.|\.\.|\.$|^$|^[A-Za-z]:")
 _ENDINGS = {
     ".lora_A.weight": ("linear", "A"),
     ".lora_B.weight": ("linear", "B"),

@@ -330,3 +330,15 @@ def test_names_that_are_longer_than_any_files(
     assert result.exit_code == 2
     assert "Error" in result.output
     assert "Unexpected" not in result.output
+
+
+@pytest.mark.parametrize("name", ["h.0.q]", "h.0.q[1]", "experts.w[0][1]"])
+def test_a_bracket_in_a_name(name: str, tmp_path: Path) -> None:
+    """Brackets tell the experts of a parameter apart, in memory alone; in a file they sent `resolve` round and round."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {f"base_model.model.{name}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoRAFileError, match="no module path"):
+        LoRAAdapter.load(tmp_path)
+    assert LoRAConfig(r=2, target_modules=["q"]).resolve([name])[name] == (2, 2.0)

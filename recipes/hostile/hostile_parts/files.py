@@ -32,7 +32,7 @@ _ATTRIBUTES = {
     "init_lora_weights": "init",
 }
 _LEFT = ("peft_type", "peft_version", "inference_mode", "runtime_config")
-_SETS = ("target_modules", "exclude_modules")
+_SETS = ("target_modules", "target_parameters", "exclude_modules")
 # What changes the numbers that an adapter's tensors mean.
 _COMPUTED = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "use_dora", "lora_bias", "kasa_config"),
