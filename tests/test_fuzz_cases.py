@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_lora import (
+    LoRAAdapter,
     LoRAConfig,
     LoRAConfigError,
     LoRAError,
@@ -334,7 +335,7 @@ def test_names_that_are_longer_than_any_files(
 
 @pytest.mark.parametrize("name", ["h.0.q]", "h.0.q[1]", "experts.w[0][1]"])
 def test_a_bracket_in_a_name(name: str, tmp_path: Path) -> None:
-    """Brackets tell the experts of a parameter apart, in memory alone; in a file they sent `resolve` round and round."""
+    """Brackets tell experts apart, in memory alone; in a file they sent `resolve` round and round."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     tensors = {f"base_model.model.{name}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
