@@ -18,7 +18,7 @@ from .layerinfo import is_held, modules_of
 from .layers import Swapped, swapped_class
 from .weights import compute_dtype, device_of
 
-__all__ = ["Kept", "KeptModel", "dense", "quantised_layers"]
+__all__ = ["Kept", "KeptModel", "dense", "only_said", "quantised_layers"]
 
 _NOT_KEPT = frozenset({"training", "_modules"})  # what may change meanwhile, and stays
 
@@ -78,6 +78,11 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def only_said(model: nn.Module) -> bool:
+    """Whether the model calls itself quantised, and no layer of it is: one that was dequantised from a GGUF file."""
+    return vars(model).get("hf_quantizer") is not None and next(quantised_layers(model), None) is None
+
+
 # ---- a model of floats -----------------------------------------------------------------------------------------------
 
 _SAYS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -115,7 +120,7 @@ def dense(model: nn.Module) -> KeptModel:
     """
     kept = KeptModel(model)
     layers = dict(quantised_layers(model))
-    if not layers:
+    if not layers and not only_said(model):
         raise LoRAUnsupportedError(
             f"dequantize=True is for a quantised base; no layer of this {type(model).__name__} is one.",
             name="dequantize",

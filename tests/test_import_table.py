@@ -121,7 +121,7 @@ TABLE: dict[str, str] = {
     "serve": "errors pool",
     # transformers
     "integrations": "activation bases card config errors expertlayers facts frontmatter hub layerinfo layers loading model quantised reference routing rowmaps sharding slots state store switching tokenfields tokens values",  # noqa: E501
-    "export": "bases config errors exact expertnames extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile scratch switching values weights workers",  # noqa: E501
+    "export": "bases config errors exact expertnames extras fields fitting hub_errors integrations layerinfo loading merging model quantised safefile scratch standins switching values weights workers",  # noqa: E501
     "importers": "adapter agreement config errors export fields fitting integrations layerinfo layout lowrank safefile survey targeting values weights",  # noqa: E501
     "analysis": "agreement architectures bases cardtext errors export fields inspection layerinfo lowrank model replication scratch spectrum values weights",  # noqa: E501
     "planning": "architectures backends banks config errors fields initial layerinfo model slots store survey targeting",  # noqa: E501

@@ -318,6 +318,30 @@ def test_while_merged_it_says_how_much_is_kept(dense):
     assert merge_lora(model).nbytes == quantised
 
 
+def test_a_base_from_a_gguf_file_is_dense_and_only_says_otherwise(dense, tmp_path):
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    config = GgufConfig()
+    model.hf_quantizer, model.is_quantized = GgufHfQuantizer(config), True  # what from_pretrained(gguf_file=…) leaves
+    model.config.quantization_config = config
+    model.prepare_lora(gradient_checkpointing=False)
+    model.add_lora(CONFIG)
+    trainer(model, tmp_path / "run", max_steps=2).train()
+    model.eval()
+    found = logits(model, IDS)
+    model.merge_and_save(tmp_path / "alone")
+    assert model.config.quantization_config is config
+    assert model.is_quantized
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    assert (logits(alone, IDS) - found).abs().max() <= 1e-5 * found.abs().max()
+    model.merge_lora(dequantize=True)
+    model.save_pretrained(tmp_path / "merged")
+    model.unmerge_lora()
+    assert torch.equal(logits(model, IDS), found)
+
+
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 

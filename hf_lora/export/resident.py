@@ -13,6 +13,7 @@ from ..errors import LoRAStateError, LoRAUnsupportedError
 from ..loading import read_adapter_of
 from ..merging import merged_lora
 from ..model import require
+from ..standins import only_said
 from ..switching import Which, described, selection
 from .merge import merge_to_folder
 from .shards import size_in_bytes
@@ -36,7 +37,8 @@ def merge_and_save(
     may run the model meanwhile. Adapters, what is active, what trains and the training mode stay as they are.
 
     Of a quantised base the model is written that it was quantised from: W + ΔW, tensor by tensor from the files that
-    it was loaded from, in their dtype; the quantised copy is not read.
+    it was loaded from, in their dtype; the quantised copy is not read. One that transformers dequantised from a GGUF
+    file is dense, and is written as it is.
 
     Args:
         directory: the folder to be made; one that exists must be empty. It appears when everything is written.
@@ -60,6 +62,7 @@ def merge_and_save(
     refuse_out(target)
     if state.merged is None and not dequantize and quantised.described(model) is not None:
         return _from_original(model, target, which, max_shard_size)
+    dequantize = dequantize or (state.merged is None and only_said(model))  # stock saves none that says so
     options = {} if max_shard_size is None else {"max_shard_size": size_in_bytes(max_shard_size)}
     needed = sum(parameter.nbytes for parameter in model.parameters())
     with appearing(target, needed) as folder, state.lock:
