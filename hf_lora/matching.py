@@ -193,13 +193,19 @@ class Matcher:
         """A remedy that names what is like `item`, or else what there is."""
         names = {part for name in self.seen.layers for part in name.split(".") if not part.isdigit()}
         close = difflib.get_close_matches(last(item), sorted(names | self.roles), n=5, cutoff=0.5)
+        # Numbers alone say nothing (the children of an nn.Sequential): whole paths then.
         layers = sorted({last(path) for path in self.seen.layers} - {"", *map(str, range(100))})
-        if item.partition(".")[0] in arch.SIDES:
-            sides = [side for side in arch.SIDES if any(on_side(path, side) for path in self.seen.layers)]
-            return f"Sides here: {some(sides) or 'none'}. Roles here: {listed(self.roles)}."
+        layers = layers or [path for path in self.seen.layers if path]
+        side, _, word = item.partition(".")
+        if side in arch.SIDES and word:
+            inside = [path for path in self.seen.layers if path != self.seen.output_embeddings]
+            sides = [side for side in arch.SIDES if any(on_side(path, side) for path in inside)]
+            if not sides:
+                return f"This model has no sides: write {word!r}. Roles here: {listed(self.roles) or 'none'}."
+            return f"Sides here: {some(sides)}. Roles here: {listed(self.roles)}."
         if close:
             return f"Did you mean {some(close)}? Roles here: {listed(self.roles)}."
-        return f"Layers here: {some(layers)}. Roles here: {listed(self.roles)}."
+        return f"Layers here: {some(layers)}. Roles here: {listed(self.roles) or 'none'}."
 
 
 def on_side(path: str, side: str | None) -> bool:

@@ -41,7 +41,7 @@ def note(
     model: nn.Module, slots: int | None, rank: int | None = None, targets: str | Sequence[str] | None = None
 ) -> None:
     """Write down what is reserved, and let the banks that are there hold it; see `model.reserve`."""
-    if slots is None or rank is None:
+    if slots is None:
         vars(model).pop(_RESERVED, None)
         release(model)
         return
@@ -53,6 +53,7 @@ def note(
                 value=value,
                 remedy="Give a positive whole number.",
             )
+    assert rank is not None
     paths: tuple[str, ...] = ()
     if targets is not None:
         found = resolve(model, LoRAConfig(r=1, target_modules=targets))

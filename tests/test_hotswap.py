@@ -237,3 +237,10 @@ def test_the_layers_of_a_plain_module_can_have_room() -> None:
     reserve(model, 2, 4, ["0", "2"])
     assert isinstance(model[2], LoRALinear)
     assert model[2](torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_room_without_a_rank_is_refused(tiny: Any) -> None:
+    model = tiny("llama")
+    for slots, rank in ((4, None), (0, 4), (4, 0)):
+        with pytest.raises(LoRAStateError, match="room is reserved"):
+            model.reserve_lora(slots, rank)
