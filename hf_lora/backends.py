@@ -245,7 +245,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Tensor]:
         return
     seen.add(id(value))
     flatten = getattr(value, "__tensor_flatten__", None)
-    if flatten is not None:
+    if flatten is not None and not hasattr(value, "full_tensor"):  # one that is split counts whole
         for name in flatten()[0]:
             yield from _parts(getattr(value, name), seen)
         return

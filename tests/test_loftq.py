@@ -12,7 +12,7 @@ from loras import bits, logits
 from training import logged, trainer
 
 import hf_lora
-from hf_lora import LoRAAdapter, LoRAConfig, quantised
+from hf_lora import LoRAAdapter, LoRAConfig, backends
 from hf_lora.errors import LoRAConfigError, LoRAFileError, LoRAMismatchError, LoRAStateError, LoRAUnsupportedError
 from hf_lora.model import read
 from hf_lora.rounding import Rounding, low_rank, normal_float, rounded
@@ -514,7 +514,7 @@ def quantise(model: Any, **state: Any) -> Any:
 def four_bits(tiny, monkeypatch, tmp_path):
     """A quantised model, and the folder of what it was before."""
     functional = types.SimpleNamespace(dequantize_4bit=lambda _, state: state.Q)
-    monkeypatch.setattr(quantised, "_functional", lambda: functional)
+    monkeypatch.setattr(backends, "_functional", lambda: functional)
     folder = tmp_path / "base"
     tiny("llama").save_pretrained(folder)
     model = quantise(tiny("llama"))

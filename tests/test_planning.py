@@ -411,7 +411,7 @@ def test_a_budget_where_nothing_has_a_role():
     (only,) = plan(net, budget=200, inputs={"input": torch.zeros(2, 8)}).proposals
     assert (only.targets, only.r, only.parameters) == ("all-linear", 4, 4 * (24 + 20))  # the second layer has 4 rows
     (only,) = core.propose(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 1)), None, 200)
-    assert (only.r, only.parameters) == (1, 24 + 17)
+    assert (only.r, only.parameters) == (7, 7 * 24 + 17)  # a layer of one row has the rank that it can
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ NO_VARIANTS = {
     *("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "init_options", "bias", "modules_to_save"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("task_type", "base_model", "revision", "peft_fields", "trainable_token_indices", "ensure_weight_tying"),
+    "target_parameters",
 }
 CHEAP = (  # cells that are run again here: row, kind of layer, check
     ("DoRA + PiSSA", "Conv1D", "train"),

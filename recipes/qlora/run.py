@@ -177,6 +177,10 @@ def loaded(arm: Arm, options: argparse.Namespace) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         options.base, dtype=torch.float32, quantization_config=quantisation() if arm.quantised else None
     )
+    with torch.no_grad():
+        for parameter in model.parameters():  # out of the file's mapping, whose pages would count as held
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
     if arm.init is not None:
         hf_lora.prepare_lora(model, gradient_checkpointing=False)
         model.add_lora(lora(arm))
