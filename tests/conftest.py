@@ -79,6 +79,7 @@ NOT_CORE = {
     "test_patterns.py",  # strings alone
     "test_planning.py",  # a model of transformers before 5.6 with rotary positions does not run on meta
     "test_pool_soak.py",
+    "test_qlora_recipe.py",
     "test_quantised_bases.py",  # bases that others quantised, in the tested versions
     "test_quickstart.py",
     "test_races.py",
