@@ -49,8 +49,16 @@ def test_every_arm_and_the_page(recipe: Any, tmp_path: Path, monkeypatch: pytest
     write(tmp_path / "devset.csv", PLACES[:5])
     write(tmp_path / "testset_w_refs.csv", PLACES[5:])
     options = SimpleNamespace(
-        **{"data": tmp_path, "base": base, "work": tmp_path, "out": tmp_path / "results"},
-        **{"steps": 3, "batch": 2, "length": 24, "tests": 3, "seeds": 1, "seed": 0},
+        data=tmp_path,
+        base=base,
+        work=tmp_path,
+        out=tmp_path / "results",
+        steps=3,
+        batch=2,
+        length=24,
+        tests=3,
+        seeds=1,
+        seed=0,
     )
     monkeypatch.setattr(recipe, "RANK", 4)
     records = [{"arm": arm.name, "seed": 0, **recipe.run(arm, options)} for arm in recipe.ARMS]
