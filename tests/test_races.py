@@ -97,29 +97,38 @@ def users(model: Any, inputs: Any, expected: Any, mine: Any, seed: int, rounds: 
     rows = inputs["input_ids"].shape[0]
     other = next(name for name in ("a", "b", "d") if name != mine)
 
+    def once(kind: str) -> None:
+        if kind == "none":
+            with model.no_lora():
+                assert torch.equal(logits(model, inputs), expected[None][0])
+        elif kind == "generate":
+            with model.use_lora(mine):
+                assert torch.equal(model.generate(**inputs, **FEW), expected[mine][1])
+        elif kind == "use":
+            with model.use_lora(mine):
+                assert torch.equal(logits(model, inputs), expected[mine][0])
+                with model.use_lora(other):
+                    assert torch.equal(logits(model, inputs), expected[other][0])
+                assert model.active_lora == mine
+        else:
+            route = [mine] * rows if kind == "route" else [mine, other, None][:rows]
+            with model.route_lora(route):
+                found = logits(model, inputs)
+            for i, name in enumerate(route):
+                own = expected[name][0][i]
+                assert (found[i] - own).abs().max() <= 1e-5 * own.abs().max(), (kind, name)
+
     def work() -> None:
         chance = random.Random(seed)
         for _ in range(rounds):
             kind = chance.choice(["use", "use", "generate", "route", "mixed route", "none"])
-            if kind == "none":
-                with model.no_lora():
-                    assert torch.equal(logits(model, inputs), expected[None][0])
-            elif kind == "generate":
-                with model.use_lora(mine):
-                    assert torch.equal(model.generate(**inputs, **FEW), expected[mine][1])
-            elif kind == "use":
-                with model.use_lora(mine):
-                    assert torch.equal(logits(model, inputs), expected[mine][0])
-                    with model.use_lora(other):
-                        assert torch.equal(logits(model, inputs), expected[other][0])
-                    assert model.active_lora == mine
-            else:
-                route = [mine] * rows if kind == "route" else [mine, other, None][:rows]
-                with model.route_lora(route):
-                    found = logits(model, inputs)
-                for i, name in enumerate(route):
-                    own = expected[name][0][i]
-                    assert (found[i] - own).abs().max() <= 1e-5 * own.abs().max(), (kind, name)
+            while True:
+                try:
+                    once(kind)
+                    break
+                except LoRAStateError as error:  # another thread has merged for a moment: no block opens then
+                    if "merged into the weights" not in str(error):
+                        raise
 
     return work
 
