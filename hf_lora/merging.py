@@ -175,10 +175,10 @@ def _require_writable(module: nn.Module, path: str) -> None:
 
 def _merge(model: nn.Module, which: Which, replace: bool, untie: bool, verb: str, dequantize: bool = False) -> Merged:
     state = require(model)
-    require_plain(model, verb)
     remedy = "save_lora(), and merge where the base is whole, in one process."
-    refuse_sharded(model, f"{verb}() cannot be used", remedy, zero3=True)
     with state.lock:
+        require_plain(model, verb)
+        refuse_sharded(model, f"{verb}() cannot be used", remedy, zero3=True)
         old = state.merged
         if not replace:
             state.require_unmerged(verb, remedy="Call unmerge_lora() first, or pass replace=True to merge_lora().")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import LoRAFileError, LoRAStateError, LoRAUnsupportedError
 from ..layerinfo import is_held
 from ..loading import push_lora, save_checkpoint
-from ..model import put, read, remove, state_of
+from ..model import exclusive, put, read, remove, state_of
 from ..sharding import is_sharded
 from ..state import Active, LoRAState
 from ..tokenfields import ids_of
@@ -37,19 +37,20 @@ _PUSH_OPTIONS = frozenset(
 
 def attached(model: nn.Module) -> None:
     """What transformers has to know of a model that has just got a LoRA."""
-    state = state_of(model)
-    if state is None:
-        return
-    bind_checkpoints(model, state)
-    if hasattr(type(model), "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    with exclusive(model) as state:  # it walks the modules, which another thread may be changing
+        if state is None:
+            return
+        bind_checkpoints(model, state)
+        if hasattr(type(model), "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
 def detached(model: nn.Module) -> None:
     """Forget it again once the last adapter is gone."""
-    if state_of(model) is None:
-        unbind_checkpoints(model)
-        model.__dict__.pop("_hf_peft_config_loaded", None)
+    with exclusive(model) as state:
+        if state is None:
+            unbind_checkpoints(model)
+            model.__dict__.pop("_hf_peft_config_loaded", None)
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
