@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAUnsupportedError
-from .layerinfo import modules_of
+from .layerinfo import is_held, modules_of
 
 __all__ = ["prepare", "unprepare"]
 
+_FROZEN = "_lora_frozen"  # the Parameters that it froze
 _PREPARED = "_lora_prepared"  # norm's path -> the dtype it had
 _NORM = re.compile(r"Norm(\d+d)?(V\d+)?$")
 
@@ -27,7 +28,7 @@ def prepare(
 ) -> None:
     """Make a base ready for training (k-bit training, QLoRA): freeze it, norms in float32, gradient checkpointing.
 
-    Call it before `add_lora`. It may be called again. `remove_lora()` of the last adapter gives norms their dtype back;
+    Call it before `add_lora`. It may be called again. `remove_lora()` of the last adapter undoes it, but that
     checkpointing stays until `gradient_checkpointing_disable()`.
 
     Args:
@@ -50,8 +51,10 @@ def prepare(
             value=True,
             remedy="Pass gradient_checkpointing=False.",
         )
+    frozen: list[nn.Parameter] = vars(model).setdefault(_FROZEN, [])
     for path, parameter in model.named_parameters():
-        if ".lora_slots." not in f".{path}" and ".lora_heads." not in f".{path}":
+        if parameter.requires_grad and not is_held(path):
+            frozen.append(parameter)
             parameter.requires_grad_(False)
     if norms:
         _widen(model)
@@ -63,7 +66,9 @@ def prepare(
 
 
 def unprepare(model: nn.Module) -> None:
-    """Give the norms that `prepare` widened their dtype back, every bit: nothing was rounded, and they were frozen."""
+    """Undo `prepare`: what it froze may train again, and norms have their dtype back, every bit: none was rounded."""
+    for parameter in vars(model).pop(_FROZEN, []):
+        parameter.requires_grad_(True)
     before: dict[str, torch.dtype] = vars(model).pop(_PREPARED, {})
     for path, dtype in before.items():
         module = model.get_submodule(path)

@@ -347,7 +347,10 @@ def test_a_base_from_a_gguf_file_is_dense_and_only_says_otherwise(dense, tmp_pat
 def test_prepared_it_trains_and_gives_every_bit_back(dense, dtype):
     model = load(dense, "nf4", dtype)
     before, weights = logits(model, IDS), copy.deepcopy(model.state_dict())
+    trains = {path for path, p in model.named_parameters() if p.requires_grad}
     model.prepare_lora()
+    model.prepare_lora()  # again changes nothing
+    assert not any(p.requires_grad for p in model.parameters())
     norms = [m.weight for path, m in model.named_modules() if path.endswith("norm")]
     assert {norm.dtype for norm in norms} == {torch.float32}
     assert model.is_gradient_checkpointing
@@ -360,6 +363,7 @@ def test_prepared_it_trains_and_gives_every_bit_back(dense, dtype):
     assert losses[-1] < losses[0]
     assert set(seen) == {dtype}  # PEFT's way gives float32 activations
     model.remove_lora()
+    assert {path for path, p in model.named_parameters() if p.requires_grad} == trains != set()
     assert same(model.state_dict(), weights)
     assert torch.equal(logits(model, IDS), before)
 
